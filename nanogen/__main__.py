@@ -1,0 +1,141 @@
+"""The command line.
+
+    python -m nanogen                                  the tour: every chapter, tiny, on drawn pictures -> runs/tour/index.html
+    python -m nanogen list                             chapters, data sets, recipes and what to expect
+    python -m nanogen train maskgit --data cifar10     train a chapter, and first what it stands on
+    python -m nanogen sample runs/maskgit-cifar10 --n 64 --guidance 3 --out pictures
+    python -m nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
+    python -m nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, how each picture comes to be
+    python -m nanogen bench                            speed, against the machine's own limits
+"""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+from nanogen import UserError
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Run one command. Returns the exit code: 0, or 1 after a sentence about what the user can mend."""
+    parser = argparse.ArgumentParser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    commands.add_parser("tour", help="every chapter, tiny (also without a command)").add_argument("--out", default="runs/tour")
+    commands.add_parser("list", help="chapters, data sets, recipes")
+    add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")
+    add.add_argument("chapter")
+    add.add_argument("--data", default="cifar10", help="cifar10, scenes or a folder of your own pictures")
+    add.add_argument("--recipe", default="first look", help="which recipe: 'first look' or 'full'")
+    add.add_argument("--out", help="the run's folder (runs/CHAPTER-DATA)")
+    add.add_argument("--resume", action="store_true", help="go on with the run in that folder")
+    add = commands.add_parser("sample", help="draw pictures from a run")
+    add.add_argument("run")
+    add.add_argument("--n", type=int, default=64, help="how many (64)")
+    add.add_argument("--label", nargs="+", help="class names or numbers (all)")
+    add.add_argument("--steps", type=int, help="steps of the sampler")
+    add.add_argument("--guidance", type=float, help="1: none; 2 to 4: clearer, less varied")
+    add.add_argument("--temperature", type=float, help="below 1: safer, less varied")
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--out", required=True, help="folder for samples.npz, grid.png, process.gif")
+    add = commands.add_parser("evaluate", help="metrics on held-out data")
+    add.add_argument("run")
+    add.add_argument("--n", type=int, default=1000, help="how many samples or test pictures (1000)")
+    add.add_argument("--guidance", type=float)
+    add.add_argument("--steps", type=int)
+    add = commands.add_parser("report", help="one HTML page over runs")
+    add.add_argument("runs", nargs="+")
+    add.add_argument("--out", default="report.html")
+    commands.add_parser("bench", help="speed, against the machine's own limits")
+    options, rest = parser.parse_known_args(arguments)
+    if rest and options.command != "train":
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    try:
+        COMMANDS[options.command or "tour"](options, rest)
+    except UserError as error:
+        print(f"nanogen: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nStopped. What was trained is saved; the same command with --resume goes on.", file=sys.stderr)
+        return 130
+    return 0
+
+
+def train_command(options, rest: list[str]) -> None:
+    from nanogen.lab.runs import train_run
+
+    overrides = parse_fields(options.chapter, rest)
+    run = train_run(options.chapter, options.data, overrides, options.out, options.recipe, options.resume)
+    print(f"Done: {run.folder}. Next: python -m nanogen evaluate {run.folder}")
+
+
+def parse_fields(chapter: str, rest: list[str]) -> dict:
+    """--FIELD VALUE ... -> {field: value} with the types of the chapter's Config and of Training."""
+    from nanogen.lab.runs import find_recipe
+    from nanogen.lab.runs import CHAPTERS
+    from nanogen.lab.train import Training
+
+    find_recipe(chapter, "cifar10")  # refuses an unknown chapter
+    parser = argparse.ArgumentParser(f"nanogen train {chapter}", argument_default=argparse.SUPPRESS)
+    for field in dataclasses.fields(CHAPTERS[chapter].Config) + dataclasses.fields(Training):
+        kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
+        parser.add_argument(f"--{field.name.replace('_', '-')}", f"--{field.name}", dest=field.name, type=kind)
+    return vars(parser.parse_args(rest))
+
+
+def truth(text: str) -> bool:
+    if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
+        raise argparse.ArgumentTypeError(f"true or false, not {text!r}")
+    return text.lower() in ("true", "1", "yes")
+
+
+def numbers(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
+def sample_command(options, _) -> None:
+    from nanogen.lab.runs import load_run
+    from nanogen.lab.sampling import sample
+
+    sample(load_run(options.run), options.n, options.label, Path(options.out), options.seed, steps=options.steps,
+           guidance=options.guidance, temperature=options.temperature)
+    print(f"{options.n} pictures: {Path(options.out) / 'grid.png'}, how they came to be: {Path(options.out) / 'process.gif'}")
+
+
+def evaluate_command(options, _) -> None:
+    from nanogen.lab.evaluate import evaluate, show
+    from nanogen.lab.runs import load_run
+
+    for name, value in evaluate(load_run(options.run), options.n, guidance=options.guidance, steps=options.steps).items():
+        print(f"{name:28} {show(value)}")
+
+
+def report_command(options, _) -> None:
+    from nanogen.lab.report import write
+
+    print(write([Path(run) for run in options.runs], Path(options.out)))
+
+
+def list_command(_, __) -> None:
+    from nanogen.lab.tour import list_chapters
+
+    print(list_chapters())
+
+
+def bench_command(_, __) -> None:
+    from nanogen.lab.bench import bench
+
+    bench()
+
+
+def tour_command(options, _) -> None:
+    from nanogen.lab.tour import tour
+
+    tour(Path(getattr(options, "out", "runs/tour")))
+
+
+COMMANDS = {"tour": tour_command, "list": list_command, "train": train_command, "sample": sample_command,
+            "evaluate": evaluate_command, "report": report_command, "bench": bench_command}
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,38 @@
+"""Drawing from a list of log-odds, and guidance: what every sampler of discrete tokens does at each step."""
+
+import torch
+from torch import Tensor
+
+
+def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
+    """One index for each row of log-odds (..., K) -> (...).
+
+    temperature divides the log-odds: below 1, safer and less varied; 0 takes the most likely index. top_k: only among
+    the k most likely. top_p: only among the fewest that together have probability p (Holtzman et al. 2020).
+    """
+    if temperature < 0:
+        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if temperature == 0:
+        return logits.argmax(-1)
+    logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], float("-inf"))
+    if top_p < 1:
+        ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
+        beyond = ordered.cumsum(-1) - ordered >= top_p  # the most likely one always stays
+        logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
+    flat = logits.flatten(0, -2).softmax(-1)
+    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
+
+
+def with_and_without(labels: Tensor, null: int, guidance: float) -> Tensor:
+    """The labels a guided pass needs: (B,) -> (2 B,), labels and then "no label"; (B,) as it is when guidance is 1."""
+    return labels if guidance == 1 else torch.cat([labels, torch.full_like(labels, null)])
+
+
+def apply_guidance(logits: Tensor, guidance: float) -> Tensor:
+    """Log-odds of such a pass -> uncond + guidance (cond - uncond): (2 B, ...) -> (B, ...)."""
+    if guidance == 1:
+        return logits
+    cond, uncond = logits.chunk(2)
+    return uncond + guidance * (cond - uncond)

@@ -1,0 +1,1 @@
+"""The image track: one file a method, read from top to bottom."""

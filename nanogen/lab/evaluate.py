@@ -1,0 +1,153 @@
+"""What a run is worth, on data that it has not seen: one function, the right numbers for each kind of chapter.
+
+    generators   1,000 samples, evenly over the classes: FD-nano with its floor and ceiling, class accuracy by the judge,
+                 precision and recall, cost;  pixel_ar also bits per dimension beside PNG and its kin
+    tokenizers   reconstructions of the test pictures: PSNR, SSIM, FD-nano, class accuracy, codebook usage and perplexity
+    judges       test accuracy
+
+    python -m nanogen evaluate runs/maskgit-cifar10      -> metrics.json and a table
+"""
+
+import json
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from nanogen.blocks.quantize import usage
+from nanogen.data import datasets
+from nanogen.lab import machine
+from nanogen.lab.metrics import bits_per_dim, frechet_distance, kernel_distance, lossless_bits_per_dim, precision_recall, psnr, ssim
+from nanogen.lab.pictures import grid, to_uint8
+from nanogen.lab.runs import Run, judge, to_tensor, write_atomically
+from nanogen.lab.sampling import sample
+
+
+def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, quiet: bool = False, **settings) -> dict:
+    """The metrics of a run, also written to its metrics.json. n: samples or test pictures; settings: for the sampler.
+
+    count: as in `load`, for runs that were trained on a part of the data.
+    """
+    source = datasets.load(run.data, count=count) if count else datasets.load(run.data)
+    if run.chapter == "judge":
+        numbers = evaluate_judge(run, source)
+    else:
+        expert = judge(run.data, run.folder.parent, count, quiet)
+        if run.chapter == "tokenizer":
+            numbers = evaluate_tokenizer(run, source, expert, n)
+        else:
+            numbers = evaluate_generator(run, source, expert, n, seed, settings)
+    numbers = {name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()}
+    numbers |= {"parameters": run.config["parameters"], "minutes": run.config["minutes"], "machine": machine.describe()}
+    write_atomically(run.folder / "metrics.json", lambda path: path.write_text(json.dumps(numbers, indent=1)))
+    return numbers
+
+
+def evaluate_judge(run: Run, source: datasets.Images) -> dict:
+    logits = apply(run.model, to_tensor(source.test_images, run.model.config.size))
+    return {"test_accuracy": accuracy(logits, source.test_labels)}
+
+
+def evaluate_tokenizer(run: Run, source: datasets.Images, expert: nn.Module, n: int) -> dict:
+    """PSNR and SSIM over n test pictures; usage and perplexity over all of them, since few tokens cannot use many codes."""
+    test = to_tensor(source.test_images, run.model.config.size)
+    decoded = apply(run.model.reconstruct, test[:n])
+    features, real = apply(expert.features, decoded), apply(expert.features, test[:n])
+    numbers = {
+        "psnr": psnr(decoded, unit(test[:n])), "ssim": ssim(decoded, unit(test[:n])),
+        "fd_nano": frechet_distance(features, real), "class_accuracy": accuracy(apply(expert, decoded), source.test_labels[:n]),
+        "class_accuracy_originals": accuracy(apply(expert, test[:n]), source.test_labels[:n]), "pictures": len(decoded),
+    }
+    if run.model.vocabulary:
+        share, perplexity = usage(apply(run.model.encode, test), run.model.vocabulary)
+        numbers |= {"codebook_usage": share, "perplexity": perplexity, "vocabulary": run.model.vocabulary}
+    pairs = np.concatenate([source.test_images[:10], to_uint8(decoded[:10]), source.test_images[10:20], to_uint8(decoded[10:20])])
+    (run.folder / "samples").mkdir(exist_ok=True)
+    grid(pairs, 10).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
+    return numbers
+
+
+def evaluate_generator(run: Run, source: datasets.Images, expert: nn.Module, n: int, seed: int, settings: dict) -> dict:
+    """FD-nano of n samples against the test pictures; its floor is n training pictures, its ceiling n pictures of noise."""
+    size = run.model.config.size
+    numbers = {}
+    if hasattr(run.model, "log_likelihood"):
+        numbers |= held_out_bits(run, source, n)
+        n = min(n, 200)  # one pass per pixel is slow: that is the chapter's point
+    start = time.perf_counter()
+    drawn = sample(run, n, seed=seed, **settings)
+    machine.synchronize()
+    seconds = (time.perf_counter() - start) / n
+    images = torch.from_numpy(drawn["images"]).permute(0, 3, 1, 2)
+    if size != expert.config.size:  # the judge has learned on pictures of the full size
+        images = to_tensor(drawn["images"], expert.config.size)
+    numbers |= judge_samples(images, drawn["labels"], source, expert) | {"seconds_per_picture": seconds, "samples": n}
+    sample(run, min(n, 100), seed=seed, out=run.folder / "samples", **settings)
+    return numbers | {name: value for name, value in (run.config["sampling"] | settings).items() if value is not None}
+
+
+def judge_samples(images: Tensor, labels: np.ndarray, source: datasets.Images, expert: nn.Module) -> dict:
+    """uint8 pictures (N, 3, H, W) with the labels that were asked for -> all that the judge can say of them."""
+    n = len(images)
+    features, logits = apply(expert.features, images), apply(expert, images)
+    real = apply(expert.features, to_tensor(source.test_images, expert.config.size))
+    random = np.random.default_rng(0)
+    train = to_tensor(source.train_images[random.choice(len(source.train_images), min(n, len(source.train_images)), replace=False)],
+                      expert.config.size)
+    noise = torch.from_numpy(random.integers(0, 256, images.shape, dtype=np.uint8))
+    precision, recall = precision_recall(real[:n], features)
+    return {
+        "fd_nano": frechet_distance(features, real), "fd_nano_floor": frechet_distance(apply(expert.features, train), real),
+        "fd_nano_ceiling": frechet_distance(apply(expert.features, noise), real), "class_accuracy": accuracy(logits, labels),
+        "kernel_distance": kernel_distance(features, real), "precision": precision, "recall": recall,
+    }
+
+
+@torch.no_grad()
+def held_out_bits(run: Run, source: datasets.Images, n: int) -> dict:
+    """Bits per dimension of n test pictures by the model, and by compressors that learn nothing."""
+    test = to_tensor(source.test_images[:n], run.model.config.size)
+    labels = torch.from_numpy(source.test_labels[:n])
+    nats = []
+    for images, label in zip(test.split(50), labels.split(50), strict=True):
+        batch = run.model.prepare(unit(images).to(machine.device()), label.to(machine.device()))
+        with machine.autocast():
+            nats.append(-run.model.log_likelihood(batch["pixels"], batch["labels"]))
+    bits = bits_per_dim(torch.cat(nats).mean().item(), test[0].numel())
+    trivial = lossless_bits_per_dim(test.permute(0, 2, 3, 1).numpy())
+    return {"bits_per_dim": bits} | {f"bits_per_dim_{name}": value for name, value in trivial.items()}
+
+
+@torch.no_grad()
+def apply(function, images: Tensor, batch_size: int = 500) -> Tensor:
+    """function(pictures in [-1, 1]) over uint8 or float pictures (N, 3, H, W), in batches, back on the CPU."""
+    with machine.autocast():
+        return torch.cat([function(unit(part).to(machine.device())).cpu() for part in images.split(batch_size)])
+
+
+def unit(images: Tensor) -> Tensor:
+    """uint8 -> float in [-1, 1]; float stays."""
+    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
+
+
+def accuracy(logits: Tensor, labels: np.ndarray) -> float:
+    return (logits.argmax(1) == torch.as_tensor(labels)).float().mean().item()
+
+
+def table(rows: list[dict]) -> str:
+    """Dicts with the same kind of keys -> aligned text, one line each."""
+    names = list(dict.fromkeys(name for row in rows for name in row))
+    cells = [names] + [[show(row.get(name, "")) for name in names] for row in rows]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+
+
+def show(value) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def save_expected(run: Run, path: Path) -> None:
+    """Copy what was measured into a JSON file."""
+    path.write_text(json.dumps(run.read_json("metrics.json"), indent=1))

@@ -1,0 +1,276 @@
+"""Metrics against closed forms and known values, and against what each is meant to notice."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from nanogen import UserError
+from nanogen.lab import metrics
+
+RANDOM = np.random.default_rng(0)
+
+
+def textured_pictures(count: int = 16, size: int = 32) -> torch.Tensor:
+    """Float (count, 3, size, size) in [-1, 1], with energy at all frequencies."""
+    noise = torch.rand(count, 3, size, size, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return 0.5 * noise + 0.5 * F.avg_pool2d(noise, 5, stride=1, padding=2)
+
+
+def blurred(images: torch.Tensor) -> torch.Tensor:
+    return F.avg_pool2d(images, 3, stride=1, padding=1, count_include_pad=False)
+
+
+# ---- sets
+
+
+def test_frechet_distance_of_a_set_to_itself_is_zero():
+    features = RANDOM.normal(size=(300, 24)) @ RANDOM.normal(size=(24, 24)) + 5
+    assert metrics.frechet_distance(features, features) == pytest.approx(0, abs=1e-6)
+
+
+@given(st.integers(0, 10_000), st.integers(2, 8))
+@settings(max_examples=25, deadline=None)
+def test_frechet_distance_equals_the_closed_form_for_gaussians(seed, dims):
+    """Points made to have exactly these means and covariances; C_a and C_b commute, so the root is known."""
+    random = np.random.default_rng(seed)
+    rotation, _ = np.linalg.qr(random.normal(size=(dims, dims)))
+    white = random.normal(size=(100, dims))
+    white -= white.mean(0)
+    white = white @ np.linalg.inv(np.linalg.cholesky(np.cov(white.T))).T
+    deviation_a, deviation_b = random.uniform(0.1, 3, dims), random.uniform(0.1, 3, dims)
+    shift = random.normal(size=dims)
+    a, b = white * deviation_a @ rotation.T, white * deviation_b @ rotation.T + shift
+    expected = (shift**2).sum() + ((deviation_a - deviation_b) ** 2).sum()
+    assert metrics.frechet_distance(a, b) == pytest.approx(expected, rel=1e-8)
+
+
+def test_frechet_distance_of_covariances_that_do_not_commute():
+    """The trace of the root from the eigenvalues of the unsymmetric product: the definition, another way."""
+    a = RANDOM.normal(size=(200, 6)) @ RANDOM.normal(size=(6, 6))
+    b = RANDOM.normal(size=(250, 6)) @ RANDOM.normal(size=(6, 6)) + 1
+    cov_a, cov_b = np.cov(a.T), np.cov(b.T)
+    root_trace = np.sqrt(np.linalg.eigvals(cov_a @ cov_b).real).sum()
+    expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + np.trace(cov_a) + np.trace(cov_b) - 2 * root_trace
+    assert metrics.frechet_distance(torch.tensor(a), b) == pytest.approx(expected, rel=1e-9)
+
+
+def test_frechet_distance_is_safe_with_fewer_pictures_than_dimensions():
+    few = RANDOM.normal(size=(10, 64))
+    assert metrics.frechet_distance(few, few) == pytest.approx(0, abs=1e-5)
+    assert metrics.frechet_distance(few, few + 1) == pytest.approx(64, rel=1e-6)
+    assert math.isfinite(metrics.frechet_distance(np.zeros((10, 64)), few))
+
+
+def test_kernel_distance_is_zero_on_average_for_equal_distributions_and_grows_with_the_shift():
+    a, b = RANDOM.normal(size=(2, 600, 16))
+    by_shift = [metrics.kernel_distance(a, b + shift, subset_size=300) for shift in (0, 0.5, 1)]
+    assert abs(by_shift[0]) < 0.02 < by_shift[1] < by_shift[2]
+    assert metrics.kernel_distance(a, b, seed=1) == metrics.kernel_distance(a, b, seed=1)
+
+
+def test_kernel_distance_is_unbiased_at_small_numbers():
+    """Many tiny sets from one distribution: the average must vanish, as the Fréchet distance's does not."""
+    pairs = RANDOM.normal(size=(200, 2, 20, 4))
+    kernel = np.array([metrics.kernel_distance(a, b, subsets=1) for a, b in pairs])
+    assert abs(kernel.mean()) < 4 * kernel.std() / math.sqrt(len(kernel))
+    assert np.mean([metrics.frechet_distance(a, b) for a, b in pairs]) > 0.2
+
+
+def test_precision_and_recall_of_the_same_set_are_one_even_with_repeated_pictures():
+    features = RANDOM.normal(size=(100, 8)) + 100
+    assert metrics.precision_recall(features, features) == (1, 1)
+    repeated = np.repeat(features[:20], 5, axis=0)
+    assert metrics.precision_recall(repeated, repeated) == (1, 1)
+
+
+def test_precision_and_recall_of_disjoint_sets_are_zero():
+    features = RANDOM.normal(size=(100, 8))
+    assert metrics.precision_recall(features, features + 100) == (0, 0)
+
+
+def test_dropping_a_mode_lowers_recall_only_and_inventing_one_lowers_precision_only():
+    points = RANDOM.normal(size=(4, 150, 4))
+    two_modes = np.concatenate([points[0], points[1] + 50])
+    one_mode = np.concatenate([points[2], points[3]])
+    precision, recall = metrics.precision_recall(real=two_modes, fake=one_mode)
+    assert precision > 0.85 and recall < 0.55
+    precision, recall = metrics.precision_recall(real=one_mode, fake=two_modes)
+    assert precision < 0.55 and recall > 0.85
+
+
+def test_precision_and_recall_agree_with_a_loop_over_all_pairs():
+    real, fake = RANDOM.normal(size=(2, 40, 3))
+    fake = fake + 0.7
+
+    def covered(points, centres):
+        gaps = np.linalg.norm(centres[:, None] - centres[None], axis=-1)
+        reach = np.sort(gaps, axis=1)[:, 2]  # 0 is the point itself
+        return np.mean([(np.linalg.norm(centres - point, axis=1) <= reach).any() for point in points])
+
+    expected = covered(fake, real), covered(real, fake)
+    assert metrics.precision_recall(real, fake, k=2) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(
+    "a, b",
+    [
+        (np.zeros((1, 4)), np.zeros((9, 4))),
+        (np.zeros((9, 4)), np.zeros((9, 5))),
+        (np.zeros(9), np.zeros(9)),
+        (np.full((9, 4), np.nan), np.zeros((9, 4))),
+    ],
+)
+def test_features_that_cannot_be_compared_are_refused_in_words(a, b):
+    for distance in (metrics.frechet_distance, metrics.kernel_distance, metrics.precision_recall):
+        with pytest.raises(UserError, match="features"):
+            distance(a, b)
+
+
+def test_precision_needs_more_pictures_than_neighbours():
+    with pytest.raises(UserError, match="k=3"):
+        metrics.precision_recall(np.zeros((3, 4)), np.zeros((9, 4)))
+
+
+# ---- reconstructions
+
+
+def test_psnr_of_a_known_error_is_known():
+    black = np.zeros((2, 16, 16, 3), dtype=np.uint8)
+    assert metrics.psnr(black, black + np.uint8(255)) == pytest.approx(0)
+    assert metrics.psnr(black, black + np.uint8(51)) == pytest.approx(20 * math.log10(5), abs=1e-4)
+    floats = torch.zeros(2, 3, 16, 16)
+    assert metrics.psnr(floats, floats + 0.2) == pytest.approx(20, abs=1e-4)  # 0.2 of a range of 2
+    assert metrics.psnr(floats, floats) == 100
+
+
+def test_psnr_is_the_mean_over_pictures_not_that_of_the_pooled_error():
+    a = torch.zeros(2, 3, 16, 16)
+    b = torch.stack([a[0] + 0.2, a[1] + 0.02])
+    assert metrics.psnr(a, b) == pytest.approx((20 + 40) / 2, abs=1e-3)
+
+
+def test_both_ways_to_hold_a_picture_give_the_same_number():
+    a = RANDOM.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    b = RANDOM.integers(0, 256, (4, 16, 16, 3), dtype=np.uint8)
+    as_float = torch.from_numpy(b).permute(0, 3, 1, 2) / 127.5 - 1
+    for metric in (metrics.psnr, metrics.ssim):
+        assert metric(a, as_float) == pytest.approx(metric(a, b), abs=1e-5)
+
+
+def test_ssim_of_flat_pictures_is_the_luminance_term_alone():
+    dark, light = torch.full((1, 3, 16, 16), -0.5), torch.full((1, 3, 16, 16), 0.5)  # 0.25 and 0.75 of white
+    expected = (2 * 0.25 * 0.75 + 1e-4) / (0.25**2 + 0.75**2 + 1e-4)
+    assert metrics.ssim(dark, light) == pytest.approx(expected, abs=1e-4)
+
+
+def test_ssim_is_one_for_equal_pictures_near_zero_for_noise_and_punishes_blur_more_than_brightness():
+    images = textured_pictures()
+    assert metrics.ssim(images, images) == pytest.approx(1, abs=1e-5)
+    assert abs(metrics.ssim(images, torch.rand_like(images) * 2 - 1)) < 0.1
+    assert metrics.ssim(images, blurred(images)) < metrics.ssim(images, images * 0.9 + 0.05) - 0.2
+
+
+def test_ssim_agrees_with_the_definition_at_one_place():
+    a, b = textured_pictures(1, 11), blurred(textured_pictures(1, 11))
+    offsets = np.arange(11) - 5
+    weight = np.exp(-(offsets[:, None] ** 2 + offsets[None] ** 2) / 4.5)
+    weight /= weight.sum()
+    scores = []
+    for channel in range(3):
+        x, y = (((image[0, channel].double().numpy() + 1) / 2) for image in (a, b))
+        mean_x, mean_y = (weight * x).sum(), (weight * y).sum()
+        var_x, var_y = (weight * (x - mean_x) ** 2).sum(), (weight * (y - mean_y) ** 2).sum()
+        both = (weight * (x - mean_x) * (y - mean_y)).sum()
+        scores.append(
+            (2 * mean_x * mean_y + 1e-4) * (2 * both + 9e-4)
+            / ((mean_x**2 + mean_y**2 + 1e-4) * (var_x + var_y + 9e-4))
+        )  # fmt: skip
+    assert metrics.ssim(a, b) == pytest.approx(np.mean(scores), abs=1e-4)
+
+
+def test_pictures_that_cannot_be_compared_are_refused_in_words():
+    with pytest.raises(UserError, match="different sizes"):
+        metrics.psnr(torch.zeros(1, 3, 16, 16), torch.zeros(1, 3, 32, 32))
+    with pytest.raises(UserError, match="11x11"):
+        metrics.ssim(torch.zeros(1, 3, 8, 8), torch.zeros(1, 3, 8, 8))
+    with pytest.raises(UserError, match="expected pictures"):
+        metrics.psnr(torch.zeros(3, 8, 8), torch.zeros(3, 8, 8))
+
+
+# ---- detail
+
+
+def test_blur_lowers_the_high_frequencies_and_leaves_the_lowest():
+    images = textured_pictures()
+    assert metrics.high_frequency_share(blurred(images)) < 0.5 * metrics.high_frequency_share(images)
+    frequencies, before = metrics.radial_spectrum(images)
+    _, after = metrics.radial_spectrum(blurred(images))
+    assert frequencies[-1] == 1 and len(frequencies) == len(before) == 16
+    assert after[-1] < 0.2 * before[-1] and after[0] > 0.7 * before[0]
+
+
+@pytest.mark.parametrize("cycles, share", [(4, 0), (12, 1)])
+def test_a_wave_lies_at_its_own_frequency(cycles, share):
+    wave = torch.sin(2 * math.pi * cycles * torch.arange(32) / 32).expand(1, 3, 32, 32)
+    frequencies, power = metrics.radial_spectrum(wave)
+    assert frequencies[power.argmax()] == cycles / 16
+    assert metrics.high_frequency_share(wave) == pytest.approx(share, abs=1e-6)
+
+
+def test_flat_pictures_have_no_detail():
+    assert metrics.high_frequency_share(np.full((2, 16, 16, 3), 77, dtype=np.uint8)) == 0
+
+
+# ---- bits
+
+
+def test_a_uniform_guess_costs_eight_bits_a_byte():
+    assert metrics.bits_per_dim(3072 * math.log(256), 3072) == pytest.approx(8)
+
+
+def test_usage_and_perplexity_of_known_codes():
+    assert metrics.entropy(np.array([1, 1, 1, 1])) == pytest.approx(2)
+
+
+def test_trivial_baselines_cost_eight_bits_on_noise_and_little_on_smooth_pictures():
+    noise = RANDOM.integers(0, 256, (40, 32, 32, 3), dtype=np.uint8)
+    bits = metrics.lossless_bits_per_dim(noise)
+    assert bits["png"] > 8 and 7.9 < bits["best"] <= 8
+    ramp = (np.arange(32)[:, None] * 3 + np.arange(32)[None] * 2)[None, :, :, None]
+    smooth = (ramp + RANDOM.integers(0, 60, (40, 1, 1, 3))).astype(np.uint8)
+    bits = metrics.lossless_bits_per_dim(smooth)
+    assert bits["predictor"] < 1 < bits["zlib"] < bits["histogram"] and bits["best"] == min(bits.values())
+    with pytest.raises(UserError, match="uint8"):
+        metrics.lossless_bits_per_dim(noise.astype(np.float32))
+
+
+def test_what_the_predictor_leaves_is_enough_to_rebuild_the_picture():
+    """Otherwise its entropy would be a bound on nothing."""
+    images = RANDOM.integers(0, 256, (2, 6, 5, 3), dtype=np.uint8)
+    residuals = metrics._residuals(images).astype(int)
+    planes = np.zeros((2, 7, 6, 3), dtype=int)  # a border of zeros above and to the left
+    for row in range(1, 7):
+        for column in range(1, 6):
+            left, up = planes[:, row, column - 1], planes[:, row - 1, column]
+            corner = planes[:, row - 1, column - 1]
+            guess = np.median([left, up, left + up - corner], axis=0).astype(int)
+            planes[:, row, column] = (residuals[:, row - 1, column - 1] + guess) % 256
+    planes = planes[:, 1:, 1:]
+    rebuilt = np.stack([planes[..., c] + (planes[..., 1] - 128 if c != 1 else 0) for c in range(3)], axis=-1)
+    assert (rebuilt % 256 == images).all()
+
+
+# ---- cost
+
+
+def test_parameters_are_those_that_train():
+    model = torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.Linear(4, 2))
+    assert metrics.parameter_count(model) == 3 * 4 + 4 + 4 * 2 + 2
+    model[0].requires_grad_(False)
+    assert metrics.parameter_count(model) == 4 * 2 + 2
+    assert metrics.training_flops(1_000_000, 2_000) == 1.2e10
