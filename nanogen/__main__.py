@@ -22,7 +22,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("tour", help="every chapter, tiny (also without a command)").add_argument("--out", default="runs/tour")
-    commands.add_parser("list", help="chapters, data sets, recipes")
+    add = commands.add_parser("list", help="chapters, data sets, recipes")
+    add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
     add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")
     add.add_argument("chapter")
     add.add_argument("--data", default="cifar10", help="cifar10, scenes or a folder of your own pictures")
@@ -71,8 +72,7 @@ def train_command(options, rest: list[str]) -> None:
 
 def parse_fields(chapter: str, rest: list[str]) -> dict:
     """--FIELD VALUE ... -> {field: value} with the types of the chapter's Config and of Training."""
-    from nanogen.lab.runs import find_recipe
-    from nanogen.lab.runs import CHAPTERS
+    from nanogen.lab.runs import CHAPTERS, find_recipe
     from nanogen.lab.train import Training
 
     find_recipe(chapter, "cifar10")  # refuses an unknown chapter
@@ -116,10 +116,10 @@ def report_command(options, _) -> None:
     print(write([Path(run) for run in options.runs], Path(options.out)))
 
 
-def list_command(_, __) -> None:
-    from nanogen.lab.tour import list_chapters
+def list_command(options, _) -> None:
+    from nanogen.lab.tour import list_chapters, markdown
 
-    print(list_chapters())
+    print(markdown() if options.markdown else list_chapters())
 
 
 def bench_command(_, __) -> None:

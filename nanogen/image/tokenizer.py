@@ -64,7 +64,7 @@ class Tokenizer(nn.Module):
         elif config.bottleneck == "fsq":
             self.quantizer = FSQ(width, config.levels)
         self.vocabulary = self.quantizer.num_codes if quantized else 0
-        self.eye = None  # a trained network with .maps(images), set from outside, not part of this one
+        self.eye = []  # holds the classifier behind the perceptual loss; in a list: not a sub-module
 
     def bottleneck(self, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
         """Encoder features (B, C, h, w) -> (tokens as vectors (B, C', h, w), indices (B, h w) or None, loss)."""
@@ -87,8 +87,8 @@ class Tokenizer(nn.Module):
         pixel = (decoded - images).abs().mean()
         loss = pixel + bottleneck_loss
         numbers = {"pixel": pixel, "bottleneck": bottleneck_loss, "squared_error": (decoded - images).square().mean()}
-        if self.config.perceptual and self.eye is not None:
-            numbers["perceptual"] = perceptual_loss(self.eye, decoded, images)
+        if self.config.perceptual and self.eye:
+            numbers["perceptual"] = perceptual_loss(self.eye[0], decoded, images)
             loss = loss + self.config.perceptual * numbers["perceptual"]
         return loss, numbers
 
@@ -146,10 +146,12 @@ class Decoder(nn.Module):
 
 
 def perceptual_loss(eye: nn.Module, a: Tensor, b: Tensor) -> Tensor:
-    """Mean squared distance of the eye's maps, every place's features brought to length 1 (LPIPS without weights)."""
+    """Squared distance of the eye's maps at 1/2, 1/4 and 1/8 of the size, each place's features brought to length 1
+    (LPIPS without its learned weights). a, b: (B, 3, H, W) -> scalar."""
     with torch.no_grad():
-        seen = [F.normalize(m.float(), dim=1) for m in eye.maps(b)]
-    return sum((F.normalize(m.float(), dim=1) - s).square().sum(1).mean() for m, s in zip(eye.maps(a), seen, strict=True))
+        wanted = [F.normalize(m.float(), dim=1) for m in eye.maps(b)[1:]]
+    seen = [F.normalize(m.float(), dim=1) for m in eye.maps(a)[1:]]
+    return sum((s - w).square().sum(1).mean() for s, w in zip(seen, wanted, strict=True))
 
 
 def show_partial(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:

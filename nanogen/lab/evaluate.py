@@ -21,7 +21,7 @@ from nanogen.data import datasets
 from nanogen.lab import machine
 from nanogen.lab.metrics import bits_per_dim, frechet_distance, kernel_distance, lossless_bits_per_dim, precision_recall, psnr, ssim
 from nanogen.lab.pictures import grid, to_uint8
-from nanogen.lab.runs import Run, judge, to_tensor, write_atomically
+from nanogen.lab.runs import Run, judge, load_data, to_tensor, write_atomically
 from nanogen.lab.sampling import sample
 
 
@@ -30,7 +30,7 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
 
     count: as in `load`, for runs that were trained on a part of the data.
     """
-    source = datasets.load(run.data, count=count) if count else datasets.load(run.data)
+    source = load_data(run.data, count)
     if run.chapter == "judge":
         numbers = evaluate_judge(run, source)
     else:
@@ -147,7 +147,3 @@ def table(rows: list[dict]) -> str:
 def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
-
-def save_expected(run: Run, path: Path) -> None:
-    """Copy what was measured into a JSON file."""
-    path.write_text(json.dumps(run.read_json("metrics.json"), indent=1))

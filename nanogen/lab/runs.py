@@ -12,6 +12,7 @@ gave on a named machine.
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -87,12 +88,12 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
         overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
         if (folder / "model.safetensors").exists() and not overrides:
             return load_run(folder)
-    source = datasets.load(data, count=count) if count else datasets.load(data)
+    source = load_data(data, count)
     config, training = make_config(chapter, settings, overrides, source)
     base = base_run(chapter, config, data, folder, count, quiet)
     model = build(chapter, config, base)
     if chapter == "tokenizer" and config.perceptual:
-        model.eye = [eye(data, folder, count, quiet)]
+        model.eye.append(eye(data, folder, count, quiet))
     folder.mkdir(parents=True, exist_ok=True)
     record = {
         "chapter": chapter, "data": data, "machine": machine.describe(), "config": dataclasses.asdict(config),
@@ -148,6 +149,19 @@ def judge(data: str, folder: Path = Path("runs"), count: int | None = None, quie
     if not (place / "model.safetensors").exists():
         say(quiet, f"Evaluation needs a judge; {place} is not there, so it is trained first.")
     return train_run("judge", data, {}, place, resume=True, count=count, quiet=quiet).model
+
+
+def load_data(data: str, count: int | None = None) -> datasets.Images:
+    """datasets.load, remembering the last two: a command asks for the same pictures several times."""
+    return remembered(str(data), datasets.data_folder(), count)
+
+
+@functools.lru_cache(maxsize=2)
+def remembered(data: str, folder: Path, count: int | None) -> datasets.Images:
+    source = datasets.load(data, folder, count)
+    if not isinstance(source, datasets.Images):
+        raise UserError(f"{data} holds sounds; the image chapters need pictures.")
+    return source
 
 
 def make_config(chapter: str, settings: dict, overrides: dict, source: datasets.Images) -> tuple[object, Training]:

@@ -65,7 +65,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     device, dtype = machine.device(), machine.precision()
     data = {name: tensor.to(device) for name, tensor in data.items()}
     torch.manual_seed(options.seed)
-    model.to(device).train()
+    model.to(device, memory_format=torch.channels_last).train()  # the layout in which convolutions run fastest
     optimizers = make_optimizers(model, options.optimizer, options.lr, options.weight_decay, dtype)
     average = {name: value.detach().clone() for name, value in model.state_dict().items()}
     step, seconds, log = load_state(folder, model, average, optimizers) if resume else (0, 0.0, [])
