@@ -16,7 +16,17 @@ from PIL import Image
 
 from nanogen import UserError
 from nanogen.data.drawing import (
-    BACKGROUNDS, COLORS, FACINGS, FONT, LETTERS, SIGN_HEIGHT, SIZE, THINGS, draw_backgrounds, draw_sign, draw_things,
+    BACKGROUNDS,
+    COLORS,
+    FACINGS,
+    FONT,
+    LETTERS,
+    SIGN_HEIGHT,
+    SIZE,
+    THINGS,
+    draw_backgrounds,
+    draw_sign,
+    draw_things,
 )
 
 RELATIONS = ("left of", "right of", "above", "below")

@@ -23,7 +23,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanogen.blocks.flow_matching import diffusion_loss, flow_loss, guide, logit_normal_times, solve, solve_diffusion, uniform_times
+from nanogen.blocks.flow_matching import (
+    diffusion_loss,
+    flow_loss,
+    guide,
+    logit_normal_times,
+    solve,
+    solve_diffusion,
+    uniform_times,
+)
 from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
 from nanogen.blocks.unet import UNet
 
@@ -54,10 +62,10 @@ class Flow(nn.Module):
 
     def __init__(self, config: Config, tokenizer: nn.Module | None = None):
         super().__init__()
-        for name, value, choices in (("network", config.network, ("unet", "dit")), ("objective", config.objective, ("flow", "ddpm")),
-                                     ("times", config.times, ("logit-normal", "uniform"))):
-            if value not in choices:
-                raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
+        choices = {"network": ("unet", "dit"), "objective": ("flow", "ddpm"), "times": ("logit-normal", "uniform")}
+        for name, allowed in choices.items():
+            if getattr(config, name) not in allowed:
+                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
         self.config = config
         self.tokenizer = [tokenizer]  # in a list: frozen, and no part of the saved weights
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
@@ -116,7 +124,9 @@ class Flow(nn.Module):
 
     def to_pictures(self, x: Tensor) -> Tensor:
         """What the flow moves -> pictures in [-1, 1]: pixels as they are, latents through the decoder."""
-        return x.clamp(-1, 1) if self.config.network == "unet" else self.tokenizer[0].decode(x * self.latent_std + self.latent_mean)
+        if self.config.network == "unet":
+            return x.clamp(-1, 1)
+        return self.tokenizer[0].decode(x * self.latent_std + self.latent_mean)
 
 
 class LatentTransformer(nn.Module):

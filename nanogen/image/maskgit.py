@@ -64,7 +64,8 @@ class MaskGIT(nn.Module):
         self.head = nn.Linear(config.width, self.vocabulary)
         self.head.adamw = True
         nn.init.zeros_(self.head.weight)  # the first guess is uniform: loss = log(vocabulary)
-        self.register_buffer("angles", rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads), persistent=False)
+        angles = rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads)
+        self.register_buffer("angles", angles, persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""

@@ -52,7 +52,8 @@ class PixelAR(nn.Module):
             nn.init.zeros_(head.weight)  # the first guess is uniform: 8 bits per dimension
         for table in (*self.tables, *self.colours):
             nn.init.normal_(table.weight, std=0.3)
-        self.register_buffer("angles", rotary_angles(grid_positions(config.size, config.size), config.width // config.heads), persistent=False)
+        angles = rotary_angles(grid_positions(config.size, config.size), config.width // config.heads)
+        self.register_buffer("angles", angles, persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) in [-1, 1] -> colour values: "pixels" uint8 (B, H W, 3)."""

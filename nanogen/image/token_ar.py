@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
 from nanogen.blocks.transformer import Cache, ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
-
 from nanogen.image.tokenizer import show_partial
 
 
@@ -62,7 +61,8 @@ class TokenAR(nn.Module):
         for embedding in self.embeddings:
             nn.init.normal_(embedding.weight, std=0.5)
         nn.init.zeros_(self.head.weight)  # the first guess is uniform: loss = log(vocabulary)
-        self.register_buffer("angles", rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads), persistent=False)
+        angles = rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads)
+        self.register_buffer("angles", angles, persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""

@@ -36,7 +36,7 @@ def bench(width: int = 512, depth: int = 4, batch: int = 0, lengths: tuple[int, 
     rows = limits(side)
     print(f"{machine.describe()}\n\nThe machine: products of {side} x {side} matrices\n{table(rows)}", flush=True)
     speeds = training(width, depth, batch, budget, compiled)
-    print(f"\nTraining: width {width}, depth {depth}, {batch} pictures of {SIDE**2} tokens, forward and backward\n{table(speeds)}")
+    print(f"\nTraining: width {width}, depth {depth}, {batch} x {SIDE**2} tokens, forward and backward\n{table(speeds)}", flush=True)
     chains = sampling(width, depth, lengths, budget)
     print(f"\nSampling: one chain, width {width}, depth {depth}\n{table(chains)}", flush=True)
     return rows + speeds + chains
@@ -94,14 +94,14 @@ def product_work(width: int, depth: int, batch: int, dtype: torch.dtype) -> tupl
         matrices = torch.randn(shape, device=machine.device()).to(dtype)
         return matrices[0] if len(matrices) == 1 else matrices
 
-    operands = [(random(n, rows, inner), random(n, inner, columns), random(n, rows, columns)) for n, rows, inner, columns in shapes]
+    operands = [(random(n, rows, inner), random(n, inner, wide), random(n, rows, wide)) for n, rows, inner, wide in shapes]
 
     def products() -> None:
         for _ in range(depth):
             for x, w, dy in operands:
                 x @ w, dy @ w.mT, x.mT @ dy
 
-    return 6 * depth * sum(n * rows * inner * columns for n, rows, inner, columns in shapes), products
+    return 6 * depth * sum(n * rows * inner * wide for n, rows, inner, wide in shapes), products
 
 
 def training_step(width: int, depth: int, batch: int, dtype: torch.dtype, compiled: bool) -> Callable:
@@ -114,7 +114,9 @@ def training_step(width: int, depth: int, batch: int, dtype: torch.dtype, compil
     def step() -> None:
         with machine.autocast(dtype):
             loss = run(x, angles).square().mean()
-        torch.autograd.grad(loss, [x, *transformer.parameters()])
+        loss.backward()
+        transformer.zero_grad()
+        x.grad = None
 
     return step
 
@@ -140,8 +142,9 @@ def sampling(width: int, depth: int, lengths: tuple[int, ...], budget: float) ->
         transformer(past[:, : position + 1], angles[: position + 1], causal=True)
 
     positions = sorted({round(share * length) - 1 for length in lengths for share in (0.25, 0.5, 0.75, 1)} | {0})
+    steps = {(run, at): lambda run=run, at=at: run(at) for at in positions for run in (with_cache, without)}
     with machine.autocast(dtype):
-        seconds = fastest({(run, at): lambda run=run, at=at: run(at) for at in positions for run in (with_cache, without)}, budget)
+        seconds = fastest(steps, budget)
     rows = []
     for length in lengths:
         at = [position for position in positions if position < length]

@@ -10,7 +10,6 @@
 
 import json
 import time
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,7 +18,15 @@ from torch import Tensor, nn
 from nanogen.blocks.quantize import usage
 from nanogen.data import datasets
 from nanogen.lab import machine
-from nanogen.lab.metrics import bits_per_dim, frechet_distance, kernel_distance, lossless_bits_per_dim, precision_recall, psnr, ssim
+from nanogen.lab.metrics import (
+    bits_per_dim,
+    frechet_distance,
+    kernel_distance,
+    lossless_bits_per_dim,
+    precision_recall,
+    psnr,
+    ssim,
+)
 from nanogen.lab.pictures import grid, to_uint8
 from nanogen.lab.runs import Run, judge, load_data, to_tensor, write_atomically
 from nanogen.lab.sampling import sample
@@ -94,8 +101,8 @@ def judge_samples(images: Tensor, labels: np.ndarray, source: datasets.Images, e
     features, logits = apply(expert.features, images), apply(expert, images)
     real = apply(expert.features, to_tensor(source.test_images, expert.config.size))
     random = np.random.default_rng(0)
-    train = to_tensor(source.train_images[random.choice(len(source.train_images), min(n, len(source.train_images)), replace=False)],
-                      expert.config.size)
+    few = random.choice(len(source.train_images), min(n, len(source.train_images)), replace=False)
+    train = to_tensor(source.train_images[few], expert.config.size)
     noise = torch.from_numpy(random.integers(0, 256, images.shape, dtype=np.uint8))
     precision, recall = precision_recall(real[:n], features)
     return {

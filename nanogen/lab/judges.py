@@ -85,7 +85,8 @@ def random_shift(images: Tensor, pixels: int) -> Tensor:
     """Move each picture by its own random offset of up to `pixels`, mirrored at the border: (B, 3, H, W), same shape."""
     size, batch = images.shape[-1], len(images)
     padded = F.pad(images, (pixels,) * 4, mode="reflect")
-    rows, columns = torch.randint(0, 2 * pixels + 1, (2, batch, 1), device=images.device) + torch.arange(size, device=images.device)
+    offsets = torch.randint(0, 2 * pixels + 1, (2, batch, 1), device=images.device)
+    rows, columns = offsets + torch.arange(size, device=images.device)  # (B, size) each
     picture = torch.arange(batch, device=images.device)[:, None, None]
     return padded.permute(0, 2, 3, 1)[picture, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 

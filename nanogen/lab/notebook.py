@@ -67,16 +67,18 @@ def _short(name: str, value) -> str:
 
 
 def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
-    """Three steps on a few pictures; before it, what it would train for minutes to stand on."""
+    """Three steps of a narrow network on a few pictures; before it, what it would train for minutes to stand on."""
     tiny = {"steps": 3, "batch_size": 16, "compile": False}
+    narrow = {"width": 96, "depth": 2} | ({"widths": (32, 32, 32)} if chapter == "flow" else {})
     eye = RUNS / f"eye-{data}"
     if chapter == "tokenizer" and not (eye / "model.safetensors").exists():
         train_run("judge", data, tiny, eye, "eye", resume=True, count=COUNT, quiet=True)
     module = CHAPTERS[chapter]
     if hasattr(module, "stands_on") and module.stands_on(module.Config()):
         chapter_run("tokenizer", data)
+    tiny |= {name: value for name, value in narrow.items() if hasattr(module.Config, name)}
     overrides = {name: value for name, value in overrides.items() if name != "minutes"}
-    return train_run(chapter, data, overrides | tiny, folder, resume=True, count=COUNT, quiet=True)
+    return train_run(chapter, data, tiny | overrides, folder, resume=True, count=COUNT, quiet=True)
 
 
 def picture(what: np.ndarray | Picture | Figure, columns: int = 10, scale: int = 2) -> None:

@@ -13,6 +13,8 @@ from nanogen.lab.evaluate import evaluate, show, table
 from nanogen.lab.report import write
 from nanogen.lab.runs import CHAPTERS, recipes, train_run
 
+SHOWN = ("minutes", "psnr", "bits_per_dim", "fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy",
+         "seconds_per_picture")
 PICTURES = 20_000  # of the drawn set, which the tour makes for itself
 HEADINGS = {"fd_nano": "FD-nano", "class_accuracy": "class accuracy", "psnr": "PSNR", "bits_per_dim": "bits/dim",
             "test_accuracy": "test accuracy", "seconds_per_picture": "s/picture"}
@@ -36,13 +38,12 @@ def tour(folder: Path, count: int = PICTURES) -> Path:
         print(f"\n{chapter}: {story}")
         run = train_run(chapter, "scenes", {}, folder / f"{chapter}-scenes", "tour", resume=True, count=count)
         numbers = evaluate(run, n=300, count=count)
-        shown = ("minutes", "psnr", "bits_per_dim", "fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy", "seconds_per_picture")
-        rows.append({"chapter": chapter} | {name: numbers[name] for name in shown if name in numbers})
+        rows.append({"chapter": chapter} | {name: numbers[name] for name in SHOWN if name in numbers})
         runs.append(run.folder)
     print("\n" + table(rows))
     minutes = (time.monotonic() - start) / 60
-    intro = (f"Every chapter, trained from nothing in {minutes:.1f} minutes on {machine.describe()}, on {count:,} pictures drawn by code. "
-             + " ".join(f"<b>{chapter}</b>: {story}" for chapter, story in STORY.items()))
+    intro = (f"Every chapter, trained from nothing in {minutes:.1f} minutes on {machine.describe()}, on {count:,} pictures "
+             "drawn by code. " + " ".join(f"<b>{chapter}</b>: {story}" for chapter, story in STORY.items()))
     page = write(runs, folder / "index.html", title="The nanogen tour", intro=intro)
     print(f"\nThe tour took {minutes:.1f} minutes. Open {page}")
     return page
