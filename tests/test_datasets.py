@@ -16,8 +16,10 @@ import soundfile
 from PIL import Image
 
 from nanogen import UserError
-from nanogen.data import datasets
-from nanogen.data.datasets import Source, load, read_picture, read_sound, resample
+from nanogen.data import datasets, download
+from nanogen.data.datasets import load
+from nanogen.data.download import Source
+from nanogen.data.folders import read_picture, read_sound, resample
 
 RNG = np.random.default_rng(0)
 DATA = Path(os.environ.get("NANOGEN_DATA") or datasets.REPOSITORY_DATA)
@@ -102,13 +104,13 @@ def cifar10(host, monkeypatch):
     binary, pickled = binary_cifar10(host.images, host.labels), pickled_cifar10(host.images, host.labels)
     host.files |= {"/binary.tar.gz": binary, "/pickled.tar.gz": pickled}
     md5 = [hashlib.md5(content).hexdigest() for content in (binary, pickled)]
-    first = (datasets.file_md5, md5[0], datasets.read_cifar10_binary)
-    second = (datasets.file_md5, md5[1], datasets.read_cifar10_pickled)
+    first = (download.file_md5, md5[0], download.read_cifar10_binary)
+    second = (download.file_md5, md5[1], download.read_cifar10_pickled)
     sources = [
         Source(f"{host.url}/binary.tar.gz", "b.tar.gz", *first),
         Source(f"{host.url}/pickled.tar.gz", "p.tar.gz", *second),
     ]
-    monkeypatch.setitem(datasets.SOURCES, "cifar10", sources)
+    monkeypatch.setitem(download.SOURCES, "cifar10", sources)
     return host
 
 
@@ -176,14 +178,6 @@ def test_no_network_is_a_sentence_too(cifar10, tmp_path):
         load("cifar10", tmp_path)
 
 
-def test_a_slow_host_is_left_for_the_mirror_and_then_gone_back_to(cifar10, tmp_path, monkeypatch):
-    monkeypatch.setattr(datasets, "PATIENCE", 0)
-    monkeypatch.setattr(datasets, "TOO_SLOW", 1e15)
-    monkeypatch.setattr(datasets, "CHUNK", 1000)
-    check_cifar10(load("cifar10", tmp_path), cifar10)
-    assert 1000 <= cifar10.sent["/pickled.tar.gz"], "the mirror was tried"
-
-
 def test_an_archive_put_there_by_hand_is_taken_and_kept(cifar10, tmp_path):
     (tmp_path / "p.tar.gz").write_bytes(cifar10.files["/pickled.tar.gz"])
     check_cifar10(load("cifar10", tmp_path), cifar10)
@@ -228,10 +222,10 @@ def test_a_malicious_pickle_is_refused_before_it_runs(cifar10, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     archive = tar_gz({"cifar-10-batches-py/data_batch_1": pickle.dumps({b"data": Malicious()})})
     (tmp_path / "p.tar.gz").write_bytes(archive)
-    source = datasets.SOURCES["cifar10"][1]
+    source = download.SOURCES["cifar10"][1]
     md5 = hashlib.md5(archive).hexdigest()
     trusted = Source(source.url, source.archive, source.digest, md5, source.read)
-    monkeypatch.setitem(datasets.SOURCES, "cifar10", [trusted])
+    monkeypatch.setitem(download.SOURCES, "cifar10", [trusted])
     with pytest.raises(UserError, match="asks for (posix|nt).mkdir"):
         load("cifar10", tmp_path)
     assert not (tmp_path / "hacked").exists()
@@ -251,9 +245,9 @@ def test_fsdd_is_checked_by_content_and_split_by_its_own_rule(host, tmp_path, mo
     recordings = {f"fsdd-26eb/recordings/{name}": files[name] for name in reversed(files)}
     host.files["/fsdd"] = tar_gz(recordings | {"fsdd-26eb/README.md": b""})
     host.files["/older"] = tar_gz({f"recordings/{name}": files[name] for name in list(files)[:3]})
-    readers = (datasets.wav_sha256, checksum, datasets.read_fsdd)
+    readers = (download.wav_sha256, checksum, download.read_fsdd)
     sources = [Source(f"{host.url}/{path}", "fsdd.tar.gz", *readers) for path in ("older", "fsdd")]
-    monkeypatch.setitem(datasets.SOURCES, "fsdd", sources)
+    monkeypatch.setitem(download.SOURCES, "fsdd", sources)
     data = load("fsdd", tmp_path)
     assert data.sample_rate == 8000 and data.speaker_names == ["a", "b"] and data.class_names[7] == "7"
     assert data.test_labels.tolist() == [0] * 4 + [7] * 4
@@ -329,9 +323,9 @@ def test_the_real_fsdd_and_its_real_checksum(host, tmp_path, monkeypatch):
     names = [f"{d}_{s}_{i}.wav" for d in range(10) for s in arrays["speaker_names"] for i in order]
     files = {f"recordings/{name}": wav(clip) for name, clip in zip(names, clips, strict=True)}
     host.files["/fsdd"] = tar_gz(files)
-    real = datasets.SOURCES["fsdd"][0]
+    real = download.SOURCES["fsdd"][0]
     source = Source(f"{host.url}/fsdd", "fsdd.tar.gz", real.digest, real.checksum, real.read)
-    monkeypatch.setitem(datasets.SOURCES, "fsdd", [source])
+    monkeypatch.setitem(download.SOURCES, "fsdd", [source])
     load("fsdd", tmp_path)
     with np.load(tmp_path / "fsdd.npz") as file:
         assert all(np.array_equal(file[key], arrays[key]) for key in arrays)

@@ -36,9 +36,9 @@ def bench(width: int = 512, depth: int = 4, batch: int = 0, lengths: tuple[int, 
     rows = limits(side)
     print(f"{machine.describe()}\n\nThe machine: products of {side} x {side} matrices\n{table(rows)}", flush=True)
     speeds = training(width, depth, batch, budget, compiled)
-    print(f"\nTraining: width {width}, depth {depth}, {batch} x {SIDE**2} tokens, forward and backward\n{table(speeds)}", flush=True)
+    print(f"\nTraining: width {width}, depth {depth}, {batch} x {SIDE**2} tokens, forward and backward\n{table(speeds)}")
     chains = sampling(width, depth, lengths, budget)
-    print(f"\nSampling: one chain, width {width}, depth {depth}\n{table(chains)}", flush=True)
+    print(f"\nSampling: one chain, width {width}, depth {depth}\n{table(chains)}")
     return rows + speeds + chains
 
 
