@@ -131,24 +131,6 @@ def test_damaged_pieces_are_said_and_the_rest_is_shown(tmp_path):
     assert "Loss, at the end 3." in page and "data:image/gif" in page
 
 
-def test_parameters_are_counted_in_the_weights_where_they_are_not_noted(tmp_path):
-    from safetensors.torch import save_file
-
-    run = make_run(tmp_path / "run", config={"chapter": "flow", "data": "scenes"})
-    save_file({"a": torch.zeros(1000, 7), "b": torch.zeros(5)}, run / "model.safetensors")
-    assert "<dt>parameters</dt><dd>7,005</dd>" in page_of(run)
-    (run / "model.safetensors").write_bytes(b"\xff" * 20)
-    assert "<dt>parameters</dt>" not in page_of(run)
-
-
-def test_numbers_are_found_in_groups_unless_that_would_be_a_guess(tmp_path):
-    nested = {"fd_nano": {"floor": 1.5}, "samples": {"class_accuracy": 0.5}}
-    run = report.read_run(make_run(tmp_path / "a", metrics=nested))
-    assert run.number("fd_nano_floor") == 1.5 and run.number("class_accuracy") == 0.5
-    twice = {"4 steps": {"fd_nano": 9.0}, "8 steps": {"fd_nano": 5.0}}
-    assert report.read_run(make_run(tmp_path / "b", metrics=twice)).number("fd_nano") is None
-
-
 def test_a_folder_that_is_no_run_and_a_place_that_cannot_be_written_are_refused_in_words(tmp_path):
     with pytest.raises(UserError, match="not a run"):
         report.write([tmp_path], tmp_path / "page.html")

@@ -23,7 +23,7 @@ import numpy as np
 from nanogen import UserError
 from nanogen.data import drawing, scenes
 from nanogen.data.download import SOURCES, download, write_npz
-from nanogen.data.folders import SAMPLE_RATE, read_folder
+from nanogen.data.folders import SAMPLE_RATE, read_folder, reason
 
 REPOSITORY_DATA = Path(__file__).resolve().parents[2] / "data"
 
@@ -75,9 +75,9 @@ def load(name: str | Path, folder: Path | None = None, count: int | None = None)
         return load_scenes([Path(folder)] if folder else [data_folder(), REPOSITORY_DATA], count)
     if name in SOURCES:
         data = load_downloaded(name, Path(folder) if folder else data_folder())
-    elif name and Path(name).expanduser().is_dir():
-        fields = read_folder(Path(name).expanduser())
-        data = (Images if "train_images" in fields else Sounds)(Path(name).expanduser().name, **fields)
+    elif name and (own := Path(name).expanduser()).is_dir():
+        fields = read_folder(own)
+        data = (Images if "train_images" in fields else Sounds)(own.name, **fields)
     else:
         choices = f"say {', '.join(SOURCES)}, scenes or an existing folder"
         raise UserError(f"There is no data set or folder {str(name)!r}: {choices}.")
@@ -141,7 +141,7 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
             return dict(file)
     except Exception as error:  # zip, zlib and numpy each have their own for a damaged file
         advice = "if it is damaged, delete it and run again"
-        raise UserError(f"{path} cannot be read ({error}): {advice}.") from error
+        raise UserError(f"{path} cannot be read ({reason(error)}): {advice}.") from error
 
 
 # ------------------------------------------------------------------------------------ scenes

@@ -41,20 +41,11 @@ class Run:
         chapter, data = self.config.get("chapter"), self.config.get("data")
         return f"{chapter} on {Path(str(data)).name}" if chapter and data else self.folder.name
 
-    def number(self, *names: str) -> float | None:
-        """The first of these names that metrics.json, config.json or the log's last line has a number for.
-
-        In metrics.json, "fd_nano_floor" is also {"fd_nano": {"floor": 1}}, and {"x": {"fd_nano_floor": 1}} if
-        just one group x has it.
-        """
-        ends = [key.split(" / ")[-1] for key in self.metrics]
-        metrics = {key.split(" / ")[-1]: value for key, value in self.metrics.items()}
-        metrics = {end: value for end, value in metrics.items() if ends.count(end) == 1}
-        metrics |= {key.replace(" / ", "_"): value for key, value in self.metrics.items()}
-        for name in names:
-            for source in (metrics, self.config, self.log[-1] if self.log else {}):
-                if isinstance(source.get(name), int | float) and math.isfinite(source[name]):
-                    return source[name]
+    def number(self, name: str) -> float | None:
+        """What metrics.json, config.json or the log's last line has under this name, if it is a number."""
+        for source in (self.metrics, self.config, self.log[-1] if self.log else {}):
+            if isinstance(source.get(name), int | float) and math.isfinite(source[name]):
+                return source[name]
         return None
 
 
@@ -62,18 +53,12 @@ class Html(str):
     """Text that is markup already, and is not escaped again."""
 
 
-def write(
-    runs: list[Path],
-    out: Path,
-    title: str = "nanogen report",
-    intro: str = "",
-    tables: dict[str, list[dict]] | None = None,
-) -> Path:
+def write(runs: list[Path], out: Path, title: str = "nanogen report", intro: str = "",
+          tables: dict[str, list[dict]] | None = None) -> Path:
     """Write one page about these run folders to the file `out`, and return its path.
 
-    intro: plain text, with an empty line between paragraphs. tables: heading -> rows, each a dict column ->
-    value, shown after the table over all runs. UserError for a folder that is no run, and where `out` cannot
-    be written.
+    intro: plain text, with an empty line between paragraphs. tables: heading -> rows, each a dict column -> value, shown
+    after the table over all runs. UserError for a folder that is no run, and where `out` cannot be written.
     """
     found = [read_run(Path(folder)) for folder in runs]
     tables = {"All runs": [_summary(run, f"run-{i}") for i, run in enumerate(found)]} | (tables or {})
@@ -129,20 +114,6 @@ def _flat(values: dict, group: str = "") -> dict:
     return flat
 
 
-def _parameters(run: Run) -> float | None:
-    """As noted in the run, else counted: a safetensors file opens with the shapes of its tensors, as JSON."""
-    noted = run.number("parameters")
-    if noted is not None:
-        return noted
-    try:
-        with open(run.folder / "model.safetensors", "rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            header = json.loads(file.read(min(length, 10_000_000)))  # a damaged length may say anything
-        return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
 def _arrays(run: Run, *names: str) -> list[np.ndarray]:
     """These arrays of samples.npz, or none at all if one is missing."""
     try:
@@ -164,10 +135,10 @@ def _summary(run: Run, anchor: str) -> dict:
     return {
         "run": Html(f'<a href="#{anchor}">{_text(run.name)}</a>'),
         "minutes": _minutes(run),
-        "parameters": _parameters(run),
+        "parameters": run.number("parameters"),
         "FD-nano (less is better)": distance,
         "class accuracy": run.number("class_accuracy"),
-        "seconds per picture": run.number("seconds_per_picture", "seconds_per_image", "seconds_per_sample"),
+        "seconds per picture": run.number("seconds_per_picture"),
     }
 
 
@@ -179,16 +150,11 @@ def _minutes(run: Run) -> float | None:
 def _card(run: Run, anchor: str) -> str:
     """Everything about one run."""
     tokenizer = run.config.get("tokenizer")
-    facts = {
-        "chapter": run.config.get("chapter"),
-        "data": run.config.get("data"),
-        "stands on": tokenizer.get("path") if isinstance(tokenizer, dict) else tokenizer,
-        "machine": run.config.get("machine"),
-        "minutes": _minutes(run),
-        "steps": run.number("step"),
-        "examples per second": run.number("examples_per_second", "images_per_second"),
-        "parameters": _parameters(run),
-        "seed": run.config.get("seed"),
+    facts = {name: run.config.get(name) for name in ("chapter", "data", "machine", "seed")}
+    facts |= {
+        "stands on": tokenizer.get("path") if isinstance(tokenizer, dict) else tokenizer, "minutes": _minutes(run),
+        "steps": run.number("step"), "examples per second": run.number("images_per_second"),
+        "parameters": run.number("parameters"),
     }
     items = [f"<div><dt>{_text(k)}</dt><dd>{_value(v)}</dd></div>" for k, v in facts.items() if v is not None]
     rows = [{"metric": key, "value": value} for key, value in run.metrics.items()]
