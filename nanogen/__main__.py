@@ -17,9 +17,16 @@ from pathlib import Path
 from nanogen import UserError
 
 
+class Parser(argparse.ArgumentParser):
+    """argparse whose complaints are one sentence, without the usage of every field before it."""
+
+    def error(self, message: str):
+        raise UserError(f"{message} (python -m {self.prog} --help shows what there is)")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 1 after a sentence about what the user can mend."""
-    parser = argparse.ArgumentParser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = Parser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
     commands.add_parser("tour", help="every chapter, tiny (also without a command)").add_argument("--out", default="runs/tour")
     add = commands.add_parser("list", help="chapters, data sets, recipes")
@@ -48,10 +55,10 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("runs", nargs="+")
     add.add_argument("--out", default="report.html")
     commands.add_parser("bench", help="speed, against the machine's own limits")
-    options, rest = parser.parse_known_args(arguments)
-    if rest and options.command != "train":
-        parser.error(f"unrecognized arguments: {' '.join(rest)}")
     try:
+        options, rest = parser.parse_known_args(arguments)
+        if rest and options.command != "train":
+            parser.error(f"unrecognized arguments: {' '.join(rest)}")
         COMMANDS[options.command or "tour"](options, rest)
     except UserError as error:
         print(f"nanogen: {error}", file=sys.stderr)
@@ -76,7 +83,7 @@ def parse_fields(chapter: str, rest: list[str]) -> dict:
     from nanogen.lab.train import Training
 
     find_recipe(chapter, "cifar10")  # refuses an unknown chapter
-    parser = argparse.ArgumentParser(f"nanogen train {chapter}", argument_default=argparse.SUPPRESS)
+    parser = Parser(f"nanogen train {chapter}", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(CHAPTERS[chapter].Config) + dataclasses.fields(Training):
         kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
         parser.add_argument(f"--{field.name.replace('_', '-')}", f"--{field.name}", dest=field.name, type=kind)

@@ -6,6 +6,8 @@ import math
 import os
 import shutil
 import signal
+import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanogen import UserError
+from nanogen.data import datasets
 from nanogen.data.datasets import load
 from nanogen.lab import machine, runs
 from nanogen.lab.evaluate import evaluate
@@ -308,7 +311,8 @@ def test_a_run_that_is_loaded_again_draws_the_same_pictures(chapter, finished):
     assert {path.name for path in run.folder.iterdir()} >= {"config.json", "model.safetensors", "state.pt", "log.jsonl"}
     again = load_run(run.folder)
     labels, steps = torch.tensor([0, 1]), 4 if chapter in ("maskgit", "flow", "dit") else None
-    assert torch.equal(run.model.sample(labels, steps=steps, seed=1), again.model.sample(labels, steps=steps, seed=1))
+    drawn = [model.sample(labels, steps=steps, seed=1) for model in (run.model, again.model)]
+    assert torch.allclose(*drawn, atol=1e-4)  # not equal: in another memory layout, convolutions round differently
     assert again.class_names == ["apple", "plum"] and again.chapter == run.chapter and again.config["parameters"] > 0
 
 
@@ -365,7 +369,7 @@ def test_evaluation_writes_the_metrics_of_the_chapter(name, finished, tmp_path):
         assert numbers["steps"] == 2 and numbers["guidance"] == run.config["sampling"]["guidance"]  # what was really used
         assert (run.folder / "samples/grid.png").exists()
     if name == "tokenizer-fruit":
-        assert "codebook_usage" not in (tmp_path / "runs").name and 0 < numbers["codebook_usage"] <= 1
+        assert 0 < numbers["codebook_usage"] <= 1
 
 
 def test_the_report_takes_every_kind_of_run(finished, tmp_path):
@@ -477,14 +481,27 @@ def test_a_negative_budget_is_a_sentence_and_not_an_endless_run():
 
 
 @pytest.mark.parametrize(("chapter", "overrides"), [
-    ("flow", dict(network="mlp")), ("flow", dict(width=0)), ("flow", dict(widths=(8, 8))), ("flow", dict(size=10)),
-    ("pixel_ar", dict(heads=5)), ("pixel_ar", dict(heads=0)), ("judge", dict(widths=(16, 16))), ("judge", dict(size=3)),
-    ("tokenizer", dict(bottleneck="fsq", levels=(1, 1))), ("tokenizer", dict(widths=(8, 8))), ("tokenizer", dict(size=6)),
-    ("tokenizer", dict(widths=()))])
+    ("flow", dict(network="mlp")), ("flow", dict(widths=(8, 8))), ("flow", dict(size=10)), ("pixel_ar", dict(heads=5)),
+    ("pixel_ar", dict(heads=0)), ("tokenizer", dict(bottleneck="fsq", levels=(1, 1))), ("tokenizer", dict(widths=(8, 8))),
+    ("tokenizer", dict(size=6)), ("tokenizer", dict(widths=()))])
 def test_networks_that_cannot_be_are_a_sentence(chapter, overrides, own_pictures, tmp_path):
     perceptual = {"perceptual": 0.0} if chapter == "tokenizer" else {}
     with pytest.raises(UserError):
         train_run(chapter, str(own_pictures), TINY[chapter] | QUICK | perceptual | overrides, tmp_path / "run", quiet=True)
+
+
+def test_drawn_scenes_may_be_kept_in_the_repository_where_the_data_folder_is_read_only(monkeypatch):
+    asked = []
+    monkeypatch.setattr(datasets, "load_scenes", lambda folders, count: asked.append(folders) or load_nothing())
+    runs.remembered.cache_clear()
+    runs.load_data("scenes")
+    runs.remembered.cache_clear()
+    assert asked == [[datasets.data_folder(), datasets.REPOSITORY_DATA]]
+
+
+def load_nothing():
+    none = np.zeros((0, 32, 32, 3), np.uint8)
+    return datasets.Images("none", none, np.zeros(0, np.int64), none, np.zeros(0, np.int64), [])
 
 
 @pytest.mark.parametrize("chapter", list(runs.CHAPTERS))
@@ -545,9 +562,10 @@ def test_pictures_are_made_smaller_by_the_mean_of_an_area():
 
 
 def test_the_tokenizer_and_the_eye_beneath_are_trained_first_and_said_so(own_pictures, tmp_path, monkeypatch, capsys):
-    small = {"cifar10": {name: {"training": QUICK, "config": {}} for name in ("first look", "eye")}}
-    monkeypatch.setattr(runs, "recipes", lambda chapter: json.loads(json.dumps(
-        {"cifar10": {name: {"training": QUICK, "config": TINY[chapter]} for name in small["cifar10"]}})))
+    def quick(chapter):
+        return {"cifar10": {name: {"training": dict(QUICK), "config": dict(TINY[chapter])} for name in ("first look", "eye")}}
+
+    monkeypatch.setattr(runs, "recipes", quick)
     run = train_run("maskgit", str(own_pictures), {}, tmp_path / "maskgit")
     said = capsys.readouterr().out
     assert "stands on a tokenizer" in said and "needs an eye" in said
@@ -578,14 +596,9 @@ def test_a_full_disk_at_the_end_is_a_sentence_and_the_training_is_not_lost(own_p
 
 
 def train_run_as_one_of_two(rank: int, folder: str, data: str) -> None:
-    if rank:  # the other one is always a little ahead
-        import time
-        time.sleep(1)
-    from datetime import timedelta
-
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=2, timeout=timedelta(seconds=20))
     if rank:
-        time.sleep(0.5)
+        time.sleep(1)  # the other one is ahead
     tiny_run("judge", data, Path(folder) / "run")
     dist.destroy_process_group()
 
@@ -614,8 +627,9 @@ def test_precision_can_be_said_and_everything_is_described(monkeypatch):
 def test_every_chapter_trains_and_draws_in_bfloat16(chapter, monkeypatch):
     monkeypatch.setattr(machine, "precision", lambda: torch.bfloat16)
     model = awake(tiny(chapter))
-    log = train(model, tiny_data(chapter), briefly(3), quiet=True)
+    log = train(model, tiny_data(chapter), briefly(1), quiet=True)
+    steps = 16 if chapter in ("pixel_ar", "token_ar") else 2
     with machine.autocast():
-        pictures = [model.sample(torch.tensor([0, 1]), steps=16, seed=1) for _ in range(2)]
+        pictures = [model.sample(torch.tensor([0, 1]), steps=steps, seed=1) for _ in range(2)]
     assert math.isfinite(log[-1]["loss"]) and torch.equal(*pictures) and pictures[0].isfinite().all()
     assert all(p.dtype == torch.float32 for p in model.parameters())

@@ -66,6 +66,8 @@ class Flow(nn.Module):
         for name, allowed in choices.items():
             if getattr(config, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
+        if config.width < 1:
+            raise ValueError(f"width must be at least 1, got {config.width}")
         self.config = config
         self.tokenizer = [tokenizer]  # in a list: frozen, and no part of the saved weights
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)

@@ -67,8 +67,8 @@ class PixelAR(nn.Module):
         padded = F.pad(pixels, (0, 0, side + 1, 0), value=256)  # 256: "outside the picture"
         channel = 257 * torch.arange(3, device=pixels.device)  # each colour has its own part of the table
         x = 0
-        # How far back left, above, above right and above left are, and the column where they do not exist.
-        for table, (back, outside) in zip(self.tables, ((1, 0), (side, -1), (side - 1, side - 1), (side + 1, 0)), strict=True):
+        # How far back the previous pixel, above, above right and above left are, and the column where they do not exist.
+        for table, (back, outside) in zip(self.tables, ((1, -1), (side, -1), (side - 1, side - 1), (side + 1, 0)), strict=True):
             value = torch.where(column == outside, 256, padded[:, positions + side + 1 - back])
             x = x + table(value + channel).sum(2)
         return x

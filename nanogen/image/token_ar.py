@@ -51,8 +51,9 @@ class TokenAR(nn.Module):
         self.tokenizer = [tokenizer]  # in a list: not a sub-module
         self.grid, self.vocabulary = tokenizer.grid, tokenizer.vocabulary
         self.start = self.vocabulary  # an extra word: "nothing yet", also used beyond the border
-        # How far back in the chain left, above, above right and above left are, and the column where they do not exist.
-        self.neighbours = ((1, 0), (self.grid, -1), (self.grid - 1, self.grid - 1), (self.grid + 1, 0))
+        # How far back in the chain the previous token, above, above right and above left are, and the column where the
+        # last two do not exist. (In the left column the previous token is the end of the row above: still worth telling.)
+        self.neighbours = ((1, -1), (self.grid, -1), (self.grid - 1, self.grid - 1), (self.grid + 1, 0))
         self.embeddings = nn.ModuleList(nn.Embedding(self.vocabulary + 1, config.width) for _ in self.neighbours)
         self.label = ConditionEmbedding(config.classes, config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)

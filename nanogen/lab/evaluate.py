@@ -92,7 +92,7 @@ def evaluate_generator(run: Run, source: datasets.Images, expert: nn.Module, n: 
         images = to_tensor(drawn["images"], expert.config.size)
     numbers |= judge_samples(images, drawn["labels"], source, expert) | {"seconds_per_picture": seconds, "samples": n}
     sample(run, min(n, 100), seed=seed, out=run.folder / "samples", **settings)
-    return numbers | {name: value for name, value in (run.config["sampling"] | settings).items() if value is not None}
+    return numbers | run.config["sampling"] | {name: value for name, value in settings.items() if value is not None}
 
 
 def judge_samples(images: Tensor, labels: np.ndarray, source: datasets.Images, expert: nn.Module) -> dict:

@@ -153,7 +153,7 @@ def _card(run: Run, anchor: str) -> str:
     facts = {name: run.config.get(name) for name in ("chapter", "data", "machine", "seed")}
     facts |= {
         "stands on": tokenizer.get("path") if isinstance(tokenizer, dict) else tokenizer, "minutes": _minutes(run),
-        "steps": run.number("step"), "examples per second": run.number("images_per_second"),
+        "steps": run.number("step"), "examples per second": run.number("examples_per_second"),
         "parameters": run.number("parameters"),
     }
     items = [f"<div><dt>{_text(k)}</dt><dd>{_value(v)}</dd></div>" for k, v in facts.items() if v is not None]

@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ from nanogen import UserError
 from nanogen.data import datasets
 from nanogen.image import flow, maskgit, pixel_ar, token_ar, tokenizer
 from nanogen.lab import judges, machine
-from nanogen.lab.train import Training, train
+from nanogen.lab.train import Training, check_options, draw_batch, join_processes, train
 
 CHAPTERS = {"pixel_ar": pixel_ar, "tokenizer": tokenizer, "token_ar": token_ar, "maskgit": maskgit, "flow": flow, "judge": judges}
 
@@ -81,20 +82,29 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
     settings = find_recipe(chapter, data, recipe)
     folder = Path(folder or Path("runs") / run_name(chapter, data, overrides or {}))
     overrides = dict(overrides or {})
-    if (folder / "config.json").exists():
+    rank, world = join_processes()
+    exists = (folder / "config.json").exists()
+    if world > 1:
+        dist.barrier()  # all have looked before the first one writes
+    if exists:
         if not resume:
             raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts another, or delete it.")
         settings = read_config(folder)
+        if (settings["chapter"], settings["data"]) != (chapter, str(data)):
+            raise UserError(f"{folder} is a {settings['chapter']} on {settings['data']}, not a {chapter} on {data}: choose another --out.")
         overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
         if (folder / "model.safetensors").exists() and not overrides:
             return load_run(folder)
     source = load_data(data, count)
     config, training = make_config(chapter, settings, overrides, source)
     base = base_run(chapter, config, data, folder, count, quiet)
+    torch.manual_seed(training.seed)
     model = build(chapter, config, base)
     if chapter == "tokenizer" and config.perceptual:
         model.eye.append(eye(data, folder, count, quiet))
-    folder.mkdir(parents=True, exist_ok=True)
+    tensors = prepare(model, source, config, training.flip)
+    if not exists:
+        try_out(model, tensors, chapter, training)
     record = {
         "chapter": chapter, "data": data, "machine": machine.describe(), "config": dataclasses.asdict(config),
         "training": dataclasses.asdict(training), "sampling": settings.get("sampling", {}), "class_names": source.class_names,
@@ -102,14 +112,18 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
     }
     if base:
         record["tokenizer"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-    say(quiet, f"{chapter} on {data}: {record['parameters'] / 1e6:.1f} M parameters, {len(source.train_images):,} pictures, "
+    if rank == 0:
+        make_folder(folder)
+        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    say(quiet or rank > 0, f"{chapter} on {data}: {record['parameters'] / 1e6:.1f} M parameters, {len(source.train_images):,} pictures, "
                f"{f'{training.steps} steps' if training.steps else f'{training.minutes:g} min'}, {record['machine']} -> {folder}")
-    tensors = prepare(model, source, config)
     log = train(model, tensors, training, folder, resume, quiet)
     record["minutes"] = log[-1]["minutes"]
-    write_atomically(folder / "model.safetensors", lambda path: save_file(contiguous(model.state_dict()), path))
-    write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    if rank == 0:
+        write_atomically(folder / "model.safetensors", lambda path: save_file(contiguous(model.state_dict()), path))
+        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+    if world > 1:
+        dist.barrier()
     return Run(folder, chapter, data, model, record)
 
 
@@ -126,12 +140,20 @@ def base_run(chapter: str, config, data: str, folder: Path, count: int | None, q
     if needs is None:
         return None
     if (folder / "config.json").exists() and "tokenizer" in (saved := read_config(folder)):
-        return load_run(folder / saved["tokenizer"]["path"], expected_hash=saved["tokenizer"]["hash"])
+        return fitting(load_run(folder / saved["tokenizer"]["path"], saved["tokenizer"]["hash"]), needs, config)
     overrides = {} if needs == {"bottleneck": "vq"} else needs
     place = folder.parent / run_name("tokenizer", data, overrides)
     if not (place / "model.safetensors").exists():
         say(quiet, f"{chapter} stands on a tokenizer; {place} is not there or not finished, so it is trained first.")
-    return train_run("tokenizer", data, overrides, place, resume=True, count=count, quiet=quiet)
+    return fitting(train_run("tokenizer", data, overrides, place, resume=True, count=count, quiet=quiet), needs, config)
+
+
+def fitting(base: Run, needs: dict, config) -> Run:
+    """The tokenizer run, if it is of the kind and for the picture size that the chapter needs."""
+    for name, wanted in (needs | {"size": config.size}).items():
+        if base.config["config"][name] != wanted:
+            raise UserError(f"{base.folder} has {name} {base.config['config'][name]!r}, but {wanted!r} is needed: train another tokenizer.")
+    return base
 
 
 def eye(data: str, folder: Path, count: int | None, quiet: bool) -> nn.Module:
@@ -191,7 +213,8 @@ def typed(kind: type, values: dict, owner: str):
             raise UserError(f"{owner} has no setting {name!r}.")
         wanted = hints[name]
         if typing.get_origin(wanted) is tuple:
-            values[name], good = tuple(value), isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+            good = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
+            values[name] = tuple(value) if good else value
         else:
             good = isinstance(value, wanted) or (wanted is float and isinstance(value, int) and not isinstance(value, bool))
         if not good:
@@ -204,13 +227,24 @@ def build(chapter: str, config, base: Run | None = None) -> nn.Module:
     module = CHAPTERS[chapter]
     try:
         return module.Model(config, base.model) if base else module.Model(config)
-    except ValueError as error:
-        raise UserError(f"{chapter}: {error}.") from error
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        raise UserError(f"{chapter} cannot be built like this: {error}.") from error
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, source: datasets.Images, config) -> dict[str, Tensor]:
-    """The training pictures as the model wants them: pixels, or tokens and latents encoded once, mirrored ones too."""
+def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training: Training) -> None:
+    """One loss, before anything is written: a network that cannot take these pictures becomes a sentence."""
+    check_options(training)
+    try:
+        model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
+    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{chapter} cannot take these pictures with these settings: {reason}.") from error
+
+
+@torch.no_grad()
+def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True) -> dict[str, Tensor]:
+    """The training pictures as the model wants them: pixels, or tokens and latents encoded once, with `flip` mirrored too."""
     images = to_tensor(source.train_images, config.size)
     labels = torch.from_numpy(source.train_labels)
     if getattr(config, "second", 0):
@@ -220,7 +254,7 @@ def prepare(model: nn.Module, source: datasets.Images, config) -> dict[str, Tens
         return {"images": images, "labels": labels}
     model.to(machine.device())
     parts: dict[str, list[Tensor]] = {}
-    for mirrored in (False, True):
+    for mirrored in (False, True) if flip else (False,):
         for x, y in zip(images.split(500), labels.split(500), strict=True):
             x = (x.flip(-1) if mirrored else x).to(machine.device()).float() / 127.5 - 1
             with machine.autocast():
@@ -258,16 +292,26 @@ def load_run(folder: str | Path, expected_hash: str | None = None) -> Run:
     except Exception as error:
         raise UserError(f"{folder / 'model.safetensors'} is damaged or of another network ({type(error).__name__}); "
                         "train the run again.") from error
-    return Run(folder, record["chapter"], record["data"], model.to(machine.device()).eval(), record)
+    model.to(machine.device(), memory_format=torch.channels_last).eval()  # as in training, to the last bit
+    return Run(folder, record["chapter"], record["data"], model, record)
 
 
 def read_config(folder: Path) -> dict:
     try:
-        return json.loads((folder / "config.json").read_text())
-    except FileNotFoundError as error:
+        record = json.loads((folder / "config.json").read_text())
+        CHAPTERS[record["chapter"]], record["data"], record["config"], record["training"], record["class_names"]  # noqa: B018
+        return record
+    except OSError as error:
         raise UserError(f"{folder} is not a run: there is no config.json in it.") from error
-    except ValueError as error:
+    except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged: delete the folder and train again.") from error
+
+
+def make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
 
 
 def write_atomically(path: Path, write) -> None:

@@ -11,7 +11,7 @@ import torch
 from nanogen import UserError
 from nanogen.lab import machine
 from nanogen.lab.pictures import grid, save_gif, to_uint8
-from nanogen.lab.runs import Run, write_atomically
+from nanogen.lab.runs import Run, make_folder, write_atomically
 
 
 def sample(run: Run, n: int = 64, labels: list[str] | None = None, out: Path | None = None, seed: int = 0,
@@ -49,7 +49,7 @@ def sample(run: Run, n: int = 64, labels: list[str] | None = None, out: Path | N
 
 def write_samples(drawn: dict[str, np.ndarray], growth: list[np.ndarray], out: Path) -> None:
     """samples.npz, grid.png and process.gif: the last shows how up to 30 of the pictures come to be."""
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     count = len(drawn["images"])
     columns = 10 if count % 10 == 0 else 8
 

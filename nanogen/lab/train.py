@@ -61,6 +61,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     about once a minute and at the end or on Ctrl-C; with `resume`, goes on from them.
     Raises UserError when the loss stops being a number.
     """
+    check_options(options)
     rank, world = join_processes()
     device, dtype = machine.device(), machine.precision()
     data = {name: tensor.to(device) for name, tensor in data.items()}
@@ -74,6 +75,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     bar = tqdm(total=100, disable=quiet or rank > 0, mininterval=2, bar_format="{percentage:3.0f}%|{bar:30}| {postfix}")
     sums, summed, since = defaultdict(float), 0, time.monotonic()
     start, saved = time.monotonic() - seconds, time.monotonic()
+    logged = int(100 * (step if options.steps else seconds) / budget) if log else -1  # percent of the budget
 
     with Interrupt() as interrupt:
         while (used := share_used(step if options.steps else time.monotonic() - start, budget, world)) < 1:
@@ -98,17 +100,19 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
                 sums[name] = sums[name] + value.detach() if isinstance(value, Tensor) else sums[name] + value
             now = time.monotonic()
             percent = int(100 * (step if options.steps else now - start) / budget)
-            if percent > (log[-1]["percent"] if log else -1) or interrupt.asked:
+            if percent > logged or interrupt.asked:
+                logged = percent
                 record = {"step": step, "percent": percent, "minutes": round((now - start) / 60, 3), "lr": lr,
                           "examples_per_second": round(summed * options.batch_size / (now - since), 1)}
                 log.append(record | {name: round(float(value) / summed, 5) for name, value in sums.items()})
-                check_finite(log[-1], folder)
+                check_finite(loss, norm, step, options, folder)
                 sums, summed, since = defaultdict(float), 0, now
                 left = (now - start) * (1 / max(used, 1e-6) - 1)
                 bar.n = percent
                 bar.set_postfix_str(f"loss {log[-1]['loss']:.4g}, {record['examples_per_second']:.0f}/s, "
                                     f"{left // 60:.0f} min {left % 60:.0f} s left")
             if folder and rank == 0 and (now - saved > options.save_every or interrupt.asked):
+                check_finite(loss, norm, step, options, folder)  # never save broken weights over good ones
                 save_state(folder, model, average, optimizers, step, now - start, log)
                 saved = time.monotonic()
             if interrupt.asked:
@@ -208,13 +212,27 @@ def average_gradients(model: nn.Module, world: int) -> None:
         gradient.copy_(mean.view_as(gradient))
 
 
-def check_finite(record: dict, folder: Path | None) -> None:
-    if not math.isfinite(record["loss"]):
+def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folder: Path | None) -> None:
+    if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
-            f"The loss became {record['loss']} before step {record['step']}: try a third of the learning rate "
-            f"(--lr {record['lr'] / 3:.1g}) or a longer warm-up (--warmup 0.1)"
+            f"The loss became {float(loss)} (gradient {float(norm):.3g}) at step {step} or shortly before: try a third of the "
+            f"learning rate (--lr {options.lr / 3:.1g}) or a longer warm-up (--warmup 0.1)"
             + (f"; {folder} keeps the last good state." if folder else ".")
         )
+
+
+def check_options(options: Training) -> None:
+    """Refuse settings with which no training can end well, by name."""
+    rules = {
+        "steps": (options.steps >= 0, "at least 0"), "minutes": (options.steps > 0 or options.minutes > 0, "more than 0"),
+        "batch_size": (options.batch_size > 0, "at least 1"), "lr": (options.lr > 0, "more than 0"),
+        "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"), "warmup": (0 <= options.warmup < 1, "from 0 to below 1"),
+        "hold": (0 <= options.hold < 1, "from 0 to below 1"), "ema": (0 <= options.ema <= 1, "from 0 to 1"),
+        "clip": (options.clip > 0, "more than 0"),
+    }
+    for name, (good, wanted) in rules.items():
+        if not good:
+            raise UserError(f"{name} must be {wanted}, got {getattr(options, name)!r}.")
 
 
 def save_state(folder: Path, model, average, optimizers, step: int, seconds: float, log: list[dict]) -> None:
@@ -223,9 +241,9 @@ def save_state(folder: Path, model, average, optimizers, step: int, seconds: flo
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
     lines = "".join(json.dumps(record) + "\n" for record in log)
     try:
-        for name, write in (("state.pt", lambda path: torch.save(state, path)),
-                            ("log.jsonl", lambda path: path.write_text(lines))):
-            write(folder / f"{name}.partial")
+        torch.save(state, folder / "state.pt.partial")
+        (folder / "log.jsonl.partial").write_text(lines)
+        for name in ("log.jsonl", "state.pt"):  # in this order: a log may run ahead of its state, not lag behind
             os.replace(folder / f"{name}.partial", folder / name)  # all or nothing
     except (OSError, RuntimeError) as error:  # torch.save reports a full disk as a RuntimeError
         raise UserError(f"Cannot save to {folder} ({error}): is the disk full? The last good state is kept.") from error
