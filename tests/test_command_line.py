@@ -1,6 +1,5 @@
 """The command line: a mistake is one sentence on stderr and an exit code, and a kill in the middle loses nothing."""
 
-import json
 import os
 import signal
 import subprocess

@@ -152,7 +152,8 @@ def fitting(base: Run, needs: dict, config) -> Run:
     """The tokenizer run, if it is of the kind and for the picture size that the chapter needs."""
     for name, wanted in (needs | {"size": config.size}).items():
         if base.config["config"][name] != wanted:
-            raise UserError(f"{base.folder} has {name} {base.config['config'][name]!r}, but {wanted!r} is needed: train another tokenizer.")
+            found = base.config["config"][name]
+            raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another tokenizer.")
     return base
 
 

@@ -213,9 +213,10 @@ def average_gradients(model: nn.Module, world: int) -> None:
 
 
 def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folder: Path | None) -> None:
+    loss, norm = float(loss.detach()), float(norm)
     if not (math.isfinite(loss) and math.isfinite(norm)):
         raise UserError(
-            f"The loss became {float(loss)} (gradient {float(norm):.3g}) at step {step} or shortly before: try a third of the "
+            f"The loss became {loss} (gradient {norm:.3g}) at step {step} or shortly before: try a third of the "
             f"learning rate (--lr {options.lr / 3:.1g}) or a longer warm-up (--warmup 0.1)"
             + (f"; {folder} keeps the last good state." if folder else ".")
         )
@@ -226,8 +227,8 @@ def check_options(options: Training) -> None:
     rules = {
         "steps": (options.steps >= 0, "at least 0"), "minutes": (options.steps > 0 or options.minutes > 0, "more than 0"),
         "batch_size": (options.batch_size > 0, "at least 1"), "lr": (options.lr > 0, "more than 0"),
-        "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"), "warmup": (0 <= options.warmup < 1, "from 0 to below 1"),
-        "hold": (0 <= options.hold < 1, "from 0 to below 1"), "ema": (0 <= options.ema <= 1, "from 0 to 1"),
+        "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"),
+        "warmup": (0 <= options.warmup < 1, "from 0 to below 1"), "hold": (0 <= options.hold < 1, "from 0 to below 1"), "ema": (0 <= options.ema <= 1, "from 0 to 1"),
         "clip": (options.clip > 0, "more than 0"),
     }
     for name, (good, wanted) in rules.items():
