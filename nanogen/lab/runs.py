@@ -91,7 +91,8 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
             raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts another, or delete it.")
         settings = read_config(folder)
         if (settings["chapter"], settings["data"]) != (chapter, str(data)):
-            raise UserError(f"{folder} is a {settings['chapter']} on {settings['data']}, not a {chapter} on {data}: choose another --out.")
+            there = f"{settings['chapter']} on {settings['data']}"
+            raise UserError(f"{folder} is a {there}, not a {chapter} on {data}: choose another --out.")
         overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
         if (folder / "model.safetensors").exists() and not overrides:
             return load_run(folder)
@@ -115,8 +116,9 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
     if rank == 0:
         make_folder(folder)
         write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-    say(quiet or rank > 0, f"{chapter} on {data}: {record['parameters'] / 1e6:.1f} M parameters, {len(source.train_images):,} pictures, "
-               f"{f'{training.steps} steps' if training.steps else f'{training.minutes:g} min'}, {record['machine']} -> {folder}")
+    budget = f"{training.steps} steps" if training.steps else f"{training.minutes:g} min"
+    size = f"{record['parameters'] / 1e6:.1f} M parameters, {len(source.train_images):,} pictures"
+    say(quiet or rank > 0, f"{chapter} on {data}: {size}, {budget}, {record['machine']} -> {folder}")
     log = train(model, tensors, training, folder, resume, quiet)
     record["minutes"] = log[-1]["minutes"]
     if rank == 0:

@@ -228,8 +228,8 @@ def check_options(options: Training) -> None:
         "steps": (options.steps >= 0, "at least 0"), "minutes": (options.steps > 0 or options.minutes > 0, "more than 0"),
         "batch_size": (options.batch_size > 0, "at least 1"), "lr": (options.lr > 0, "more than 0"),
         "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"),
-        "warmup": (0 <= options.warmup < 1, "from 0 to below 1"), "hold": (0 <= options.hold < 1, "from 0 to below 1"), "ema": (0 <= options.ema <= 1, "from 0 to 1"),
-        "clip": (options.clip > 0, "more than 0"),
+        "warmup": (0 <= options.warmup < 1, "from 0 to below 1"), "hold": (0 <= options.hold < 1, "from 0 to below 1"),
+        "ema": (0 <= options.ema <= 1, "from 0 to 1"), "clip": (options.clip > 0, "more than 0"),
     }
     for name, (good, wanted) in rules.items():
         if not good:
