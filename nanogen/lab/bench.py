@@ -23,6 +23,7 @@ from nanogen.lab import machine
 from nanogen.lab.evaluate import table
 
 SIDE, HEAD = 8, 64  # tokens along a side of the grid, as on all 32x32 pictures here; features of an attention head
+CHAINS = 8  # drawn at once
 
 
 def bench(width: int = 512, depth: int = 4, batch: int = 0, lengths: tuple[int, ...] = (64, 256, 1024), side: int = 2048,
@@ -38,7 +39,7 @@ def bench(width: int = 512, depth: int = 4, batch: int = 0, lengths: tuple[int, 
     speeds = training(width, depth, batch, budget, compiled)
     print(f"\nTraining: width {width}, depth {depth}, {batch} x {SIDE**2} tokens, forward and backward\n{table(speeds)}")
     chains = sampling(width, depth, lengths, budget)
-    print(f"\nSampling: one chain, width {width}, depth {depth}\n{table(chains)}")
+    print(f"\nSampling: {CHAINS} chains at once, width {width}, depth {depth}\n{table(chains)}")
     return rows + speeds + chains
 
 
@@ -123,15 +124,15 @@ def training_step(width: int, depth: int, batch: int, dtype: torch.dtype, compil
 
 @torch.no_grad()
 def sampling(width: int, depth: int, lengths: tuple[int, ...], budget: float) -> list[dict]:
-    """A row for each length: seconds for a chain with and without the cache, and what its last token costs.
+    """A row for each length: seconds for the chains with and without the cache, and what their last token costs.
 
     Not every step is taken: the cost of a step is measured at a few lengths of the past and summed up between them.
     """
     dtype, capacity = machine.precision(), max(lengths)
     transformer = Transformer(width, depth, width // HEAD, condition=False).to(machine.device()).eval()
     angles = rotary_angles(torch.arange(capacity, device=machine.device())[:, None], HEAD)
-    past = torch.randn(1, capacity, width, device=machine.device())
-    cache = Cache(transformer, 1, capacity, dtype)
+    past = torch.randn(CHAINS, capacity, width, device=machine.device())
+    cache = Cache(transformer, CHAINS, capacity, dtype)
 
     def with_cache(position: int) -> None:
         for layer in cache.layers:

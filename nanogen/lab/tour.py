@@ -43,7 +43,7 @@ def tour(folder: Path, count: int = PICTURES) -> Path:
     print("\n" + table(rows))
     minutes = (time.monotonic() - start) / 60
     intro = (f"Every chapter, trained from nothing in {minutes:.1f} minutes on {machine.describe()}, on {count:,} pictures "
-             "drawn by code. " + " ".join(f"<b>{chapter}</b>: {story}" for chapter, story in STORY.items()))
+             "drawn by code. " + " ".join(f"{chapter}: {story}" for chapter, story in STORY.items()))
     page = write(runs, folder / "index.html", title="The nanogen tour", intro=intro)
     print(f"\nThe tour took {minutes:.1f} minutes. Open {page}")
     return page
