@@ -183,7 +183,7 @@ def load_data(data: str, count: int | None = None) -> datasets.Images:
 
 @functools.lru_cache(maxsize=2)
 def remembered(data: str, folder: Path, count: int | None) -> datasets.Images:
-    source = datasets.load(data, folder, count)
+    source = datasets.load(data, count=count)  # `folder` only tells what is remembered apart
     if not isinstance(source, datasets.Images):
         raise UserError(f"{data} holds sounds; the image chapters need pictures.")
     return source
