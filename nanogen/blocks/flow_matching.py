@@ -5,8 +5,7 @@ The idea, in four lines. Time runs from t=0 (noise) to t=1 (data), here and ever
     x_t = (1-t) x_0 + t x_1                 a straight line from noise x_0 ~ N(0, I) to a datum x_1
     dx_t/dt = x_1 - x_0                     its velocity
     loss = |net(x_t, t) - (x_1 - x_0)|^2    many lines cross at x_t: the network learns their mean velocity
-    x <- x + net(x, t) dt                   following the mean from noise arrives at data, distributed as the
-    data
+    x <- x + net(x, t) dt                   following the mean from noise ends in new data, distributed alike
 
 Lines cross, mean velocities do not, so the paths that come out are bent. How much is measured by `curvature`,
 and it decides how many steps a sample takes. The rival on the same network is at the end: the DDPM objective
@@ -15,8 +14,7 @@ data. Towards one point, flow is a straight line and diffusion a quarter wave; s
 which data hardly vary, and pictures have many of them. Where data vary as much as the noise does, diffusion
 stands still while flow shrinks and swells again. The objective alone straightens nothing; reflow does.
 
-A network is any function net(x_t, t) with x_t (B, ...), t (B,) in [0, 1] and a result shaped like x_t. Cost
-is
+A network is any function net(x_t, t) with x_t (B, ...), t (B,) in [0, 1] and a result shaped like x_t. Cost is
 counted in network evaluations: steps times EVALUATIONS[method], and twice that under guidance.
 
 Sources: Lipman et al. 2023, "Flow Matching"; Liu et al. 2022, "Rectified Flow" (straightness; reflow); Esser
