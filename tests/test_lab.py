@@ -546,6 +546,29 @@ def test_flip_false_means_that_no_token_is_of_a_mirrored_picture(finished, tmp_p
     assert lengths[0] == 2 * lengths[1]
 
 
+def test_what_a_tokenizer_has_encoded_is_found_again_unless_pictures_or_tokenizer_change(finished, tmp_path, monkeypatch):
+    run = finished["maskgit"]
+    folder = copy_of(run, tmp_path).parent
+    base, source = load_run(folder / "tokenizer-fruit"), load(run.data)
+    encoded = []
+    monkeypatch.setattr(runs, "prepare", lambda *arguments: encoded.append(1) or prepare(*arguments))
+
+    def prepared():
+        return runs.prepared(run.model, source, run.model.config, True, base)
+
+    first, again = prepared(), prepared()
+    assert len(encoded) <= 1 and torch.equal(first["tokens"], again["tokens"]) and torch.equal(first["labels"], again["labels"])
+    before = len(encoded)
+    source.train_images = 255 - source.train_images
+    assert not torch.equal(prepared()["tokens"], first["tokens"]) and len(encoded) == before + 1
+    (base.folder / "model.safetensors").write_bytes((base.folder / "model.safetensors").read_bytes() + b" ")
+    prepared()
+    assert len(encoded) == before + 2
+    for path in base.folder.glob("encoded-*"):
+        path.write_bytes(b"damaged")
+    assert torch.equal(prepared()["tokens"], prepared()["tokens"]) and len(encoded) == before + 3
+
+
 def test_the_latents_of_a_dit_are_measured_and_kept(finished):
     run = finished["dit"]
     source = load(run.data)

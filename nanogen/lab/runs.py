@@ -11,6 +11,7 @@ What works for which data set stands beside each chapter, as <chapter>.json: its
 gave on a named machine.
 """
 
+import contextlib
 import dataclasses
 import functools
 import hashlib
@@ -21,6 +22,7 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -103,7 +105,7 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
     model = build(chapter, config, base)
     if chapter == "tokenizer" and config.perceptual:
         model.eye.append(eye(data, folder, count, quiet))
-    tensors = prepare(model, source, config, training.flip)
+    tensors = prepared(model, source, config, training.flip, base)
     if not exists:
         try_out(model, tensors, chapter, training)
     record = {
@@ -245,6 +247,26 @@ def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training
         raise UserError(f"{chapter} cannot take these pictures with these settings: {reason}.") from error
 
 
+def prepared(model: nn.Module, source: datasets.Images, config, flip: bool, base: Run | None) -> dict[str, Tensor]:
+    """What `prepare` gives. If a tokenizer made it, it is kept in the tokenizer's folder: the next chapter starts at once."""
+    if base is None:
+        return prepare(model, source, config, flip)
+    key = hashlib.sha256(content_hash(base.folder).encode() + bytes([flip]))
+    for array in (source.train_images, source.train_labels):
+        key.update(np.ascontiguousarray(array))
+    path = base.folder / f"encoded-{key.hexdigest()[:16]}.safetensors"
+    try:
+        tensors = load_file(path)
+    except Exception:  # absent or damaged: encoding takes a minute, so no question is asked
+        tensors = prepare(model, source, config, flip)
+        if join_processes()[0] == 0:
+            with contextlib.suppress(UserError):  # not kept, then
+                write_atomically(path, lambda path: save_file(contiguous(tensors), path))
+    if "latents" in tensors:
+        model.measure(tensors["latents"])
+    return tensors
+
+
 @torch.no_grad()
 def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True) -> dict[str, Tensor]:
     """The training pictures as the model wants them: pixels, or tokens and latents encoded once, with `flip` mirrored too."""
@@ -263,10 +285,7 @@ def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True
             with machine.autocast():
                 for name, tensor in model.prepare(x, y).items():
                     parts.setdefault(name, []).append(tensor)
-    tensors = {name: torch.cat(tensors) for name, tensors in parts.items()}
-    if latent:
-        model.measure(tensors["latents"])
-    return tensors
+    return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
 def to_tensor(images, size: int) -> Tensor:
