@@ -172,6 +172,29 @@ class Cache:
         self.length = 0
 
 
+class WordVectors(nn.Module):
+    """A vector for each word of a vocabulary, and for `extra` further ones such as "masked": () -> (K + extra, width).
+
+    The words of a language are unrelated signs. Ours look like something: a token stands for a patch, a number for a
+    brightness, and `codes` (K, dim) say what. So a vector is a small function of the code plus a free part of its own, and
+    what is learned about one word is learned about those like it too. `zero`: all start at 0, for an output layer.
+    """
+
+    def __init__(self, codes: Tensor, width: int, extra: int = 0, zero: bool = False):
+        super().__init__()
+        self.register_buffer("codes", (codes - codes.mean(0)) / codes.std(0), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        self.free = nn.Embedding(len(codes) + extra, width)
+        nn.init.normal_(self.mlp[0].weight)  # large enough to tell neighbours apart
+        nn.init.normal_(self.mlp[2].weight, std=0 if zero else width**-0.5)
+        nn.init.zeros_(self.mlp[2].bias)
+        nn.init.normal_(self.free.weight, std=0 if zero else 0.2)
+
+    def forward(self) -> Tensor:
+        extra = len(self.free.weight) - len(self.codes)
+        return F.pad(self.mlp(self.codes), (0, 0, 0, extra)) + self.free.weight
+
+
 class ConditionEmbedding(nn.Module):
     """A class label (and, for flows, a time) -> one vector. The last label means "no label", for guidance.
 

@@ -13,7 +13,8 @@ that is the price of few steps, and why the first steps reveal few (cosine sched
 
 Sources: Chang et al. 2022 (MaskGIT: masking cos(pi r / 2), confidence); Besnier et al. 2025 (Halton order: reveal in a
 sequence that covers the picture evenly, so that tokens of one step are far apart and hardly depend on each other).
-Different from the paper: class through AdaLN; a 3x3 convolution over the embedded grid in front of the Transformer.
+Different from the paper: class through AdaLN; a 3x3 convolution over the embedded grid in front of the Transformer; words
+that look alike have vectors alike (`WordVectors`).
 """
 
 import math
@@ -24,15 +25,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
-from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
+from nanogen.blocks.transformer import (
+    ConditionEmbedding,
+    Transformer,
+    WordVectors,
+    drop_labels,
+    grid_positions,
+    rotary_angles,
+)
 from nanogen.image.tokenizer import show_partial
 
 
 @dataclass
 class Config:
-    width: int = 256  # features per token
+    width: int = 192  # features per token
     depth: int = 6  # blocks
-    heads: int = 4  # attention heads
+    heads: int = 3  # attention heads
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     smoothing: float = 0.1  # label smoothing of the cross-entropy
@@ -57,13 +65,11 @@ class MaskGIT(nn.Module):
         self.tokenizer = [tokenizer]  # in a list: not a sub-module
         self.grid, self.vocabulary = tokenizer.grid, tokenizer.vocabulary
         self.mask = self.vocabulary  # an extra word: "not known yet"
-        self.embedding = nn.Embedding(self.vocabulary + 1, config.width)
+        self.embedding = WordVectors(tokenizer.codes(), config.width, extra=1)
         self.local = nn.Conv2d(config.width, config.width, 3, padding=1)
         self.label = ConditionEmbedding(config.classes, config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
-        self.head = nn.Linear(config.width, self.vocabulary)
-        self.head.adamw = True
-        nn.init.zeros_(self.head.weight)  # the first guess is uniform: loss = log(vocabulary)
+        self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
         angles = rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
@@ -71,12 +77,17 @@ class MaskGIT(nn.Module):
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
         return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
 
-    def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def words(self) -> tuple[Tensor, Tensor]:
+        """The tables of the words' vectors, going in and coming out: a sampler needs them only once."""
+        return self.embedding(), self.head()
+
+    def logits(self, tokens: Tensor, labels: Tensor, words: tuple[Tensor, Tensor] | None = None) -> Tensor:
         """Tokens (B, T), some masked -> log-odds for every place (B, T, vocabulary)."""
-        x = self.embedding(tokens)
+        vectors, head = words or self.words()
+        x = F.embedding(tokens, vectors)
         square = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, h, w)
         x = x + self.local(square).flatten(2).transpose(1, 2)
-        return self.head(self.transformer(x, self.angles, condition=self.label(labels))).float()
+        return (self.transformer(x, self.angles, condition=self.label(labels)) @ head.mT).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """batch: "tokens" (B, T), "labels" (B,). Cross-entropy on the masked tokens, in nats per token."""
@@ -106,10 +117,10 @@ class MaskGIT(nn.Module):
         tokens = torch.full((len(labels), count), -1, device=labels.device)
         labels = with_and_without(labels, self.config.classes, guidance)
         halton = halton_ranks(self.grid).to(labels.device)
-        history = []
+        words, history = self.words(), []
         for step, known in enumerate(reveal_schedule(count, steps)):
             inputs = torch.where(tokens < 0, self.mask, tokens)
-            logits = self.logits(inputs if guidance == 1 else torch.cat([inputs, inputs]), labels)
+            logits = self.logits(inputs if guidance == 1 else torch.cat([inputs, inputs]), labels, words)
             logits = apply_guidance(logits, guidance)
             drawn = draw(logits, generator, temperature) if truth is None else truth
             if order == "halton":

@@ -11,7 +11,7 @@ grows with the area. That is why the next chapter invents tokens.
 
 Sources: van den Oord et al. 2016 (PixelRNN: 256-way choices, colours in turn); Chen et al. 2020 (iGPT: a Transformer).
 Different here: the colours are chained in the heads, so the Transformer's chain is 3 times shorter than one over sub-pixels;
-every pixel also sees its four neighbours in the past directly, by tables.
+every pixel also sees its four neighbours in the past directly; and 200 is known to lie beside 201, going in and coming out.
 """
 
 import math
@@ -22,7 +22,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
-from nanogen.blocks.transformer import Cache, ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
+from nanogen.blocks.transformer import (
+    Cache,
+    ConditionEmbedding,
+    Transformer,
+    WordVectors,
+    drop_labels,
+    grid_positions,
+    rotary_angles,
+)
+
+FEATURES = 25  # numbers that describe a colour value
 
 
 @dataclass
@@ -41,17 +51,13 @@ class PixelAR(nn.Module):
     def __init__(self, config: Config):
         super().__init__()
         self.config = config
-        self.tables = nn.ModuleList(nn.Embedding(3 * 257, config.width) for _ in range(4))  # of a neighbour's colours
+        self.inp = nn.Linear(4 * 3 * FEATURES, config.width)  # four neighbours of three colours
         self.label = ConditionEmbedding(config.classes, config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads)
-        self.colours = nn.ModuleList(nn.Embedding(256, config.width) for _ in range(2))  # red, green: told to the next heads
+        self.colours = nn.ModuleList(nn.Linear(FEATURES, config.width) for _ in range(2))  # red, green: told to the next heads
         self.mix = nn.ModuleList(nn.Linear(config.width, config.width) for _ in range(3))
-        self.heads = nn.ModuleList(nn.Linear(config.width, 256) for _ in range(3))
-        for head in self.heads:
-            head.adamw = True
-            nn.init.zeros_(head.weight)  # the first guess is uniform: 8 bits per dimension
-        for table in (*self.tables, *self.colours):
-            nn.init.normal_(table.weight, std=0.3)
+        codes = value_features(torch.arange(256))[:, :-1]
+        self.heads = nn.ModuleList(WordVectors(codes, config.width, zero=True) for _ in range(3))  # at first 8 bits per dimension
         angles = rotary_angles(grid_positions(config.size, config.size), config.width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
@@ -60,26 +66,26 @@ class PixelAR(nn.Module):
         return {"pixels": ((images + 1) * 127.5).round().byte().flatten(2).transpose(1, 2), "labels": labels}
 
     def embed(self, pixels: Tensor, last: bool = False) -> Tensor:
-        """Pixels so far, int64 (B, P, 3) -> inputs of positions 0..P (B, P + 1, width), or of position P alone."""
+        """Pixels so far, int64 (B, P, 3) -> inputs of positions 0..P (B, P + 1, width), or of position P alone: the colours
+        of the previous pixel, and of those above, above right and above left."""
         past, side = pixels.shape[1], self.config.size
         positions = torch.arange(past if last else 0, past + 1, device=pixels.device)
         column = (positions % side)[:, None]
         padded = F.pad(pixels, (0, 0, side + 1, 0), value=256)  # 256: "outside the picture"
-        channel = 257 * torch.arange(3, device=pixels.device)  # each colour has its own part of the table
-        x = 0
-        # How far back the previous pixel, above, above right and above left are, and the column where they do not exist.
-        for table, (back, outside) in zip(self.tables, ((1, -1), (side, -1), (side - 1, side - 1), (side + 1, 0)), strict=True):
-            value = torch.where(column == outside, 256, padded[:, positions + side + 1 - back])
-            x = x + table(value + channel).sum(2)
-        return x
+        seen = []
+        # How far back each neighbour is, and the column where it does not exist.
+        for back, outside in ((1, -1), (side, -1), (side - 1, side - 1), (side + 1, 0)):
+            seen.append(torch.where(column == outside, 256, padded[:, positions + side + 1 - back]))
+        return self.inp(value_features(torch.cat(seen, dim=-1)).flatten(2)).float()
 
-    def colour_logits(self, h: Tensor, pixels: Tensor) -> list[Tensor]:
-        """h: (B, T, width); pixels: (B, T, up to 3), as many colours as known -> log-odds of those and the next colour."""
-        logits = []
+    def colour_logits(self, h: Tensor, pixels: Tensor, tables: list[Tensor] | None = None) -> list[Tensor]:
+        """h: (B, T, width); pixels: (B, T, up to 3), as many colours as known -> log-odds of those and the next colour.
+        tables: of the heads, if a sampler has them already."""
+        tables, logits = tables or [head() for head in self.heads], []
         for i in range(min(pixels.shape[-1] + 1, 3)):
             if i:
-                h = h + self.colours[i - 1](pixels[..., i - 1])
-            logits.append(self.heads[i](F.gelu(self.mix[i](h))).float())
+                h = h + self.colours[i - 1](value_features(pixels[..., i - 1]))
+            logits.append((F.gelu(self.mix[i](h)) @ tables[i].mT).float())
         return logits
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -110,7 +116,7 @@ class PixelAR(nn.Module):
         batch = len(labels)
         pixels = torch.empty(batch, 0, 3, dtype=torch.long, device=labels.device)
         labels = with_and_without(labels, self.config.classes, guidance)
-        modulation = self.transformer.modulate(self.label(labels))  # the same for the whole chain
+        modulation, tables = self.transformer.modulate(self.label(labels)), [head() for head in self.heads]  # once for all
         cache = Cache(self.transformer, len(labels), count, modulation.dtype) if cached else None
         pictures = []
 
@@ -124,13 +130,21 @@ class PixelAR(nn.Module):
             h = self.transformer(x, angles, causal=not cached, modulation=modulation, cache=cache)[:, -1:]
             colour = torch.empty(batch, 1, 0, dtype=torch.long, device=labels.device)
             for _ in range(3):
-                logits = self.colour_logits(h, colour.repeat(len(labels) // batch, 1, 1))[-1]
+                logits = self.colour_logits(h, colour.repeat(len(labels) // batch, 1, 1), tables)[-1]
                 value = draw(apply_guidance(logits, guidance), generator, temperature, top_k, top_p)
                 colour = torch.cat([colour, value[..., None]], dim=-1)
             pixels = torch.cat([pixels, colour], dim=1)
             if frames and (i + 1) % side == 0:  # a frame a row
                 pictures.append(picture(pixels))
         return (picture(pixels), pictures) if frames else picture(pixels)
+
+
+def value_features(values: Tensor) -> Tensor:
+    """Colour values (...), 0 to 255 or 256 for "outside the picture" -> (..., FEATURES): waves over the brightness, coarse
+    to fine, so that values near each other look alike; and a mark for "outside"."""
+    outside = (values == 256)[..., None]
+    waves = torch.cos((values[..., None] + 0.5) * torch.arange(1, FEATURES, device=values.device) * (math.pi / 256))
+    return torch.cat([waves.masked_fill(outside, 0.0), outside.float()], dim=-1)
 
 
 Model = PixelAR

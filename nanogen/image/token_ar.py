@@ -21,15 +21,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
-from nanogen.blocks.transformer import Cache, ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
+from nanogen.blocks.transformer import (
+    Cache,
+    ConditionEmbedding,
+    Transformer,
+    WordVectors,
+    drop_labels,
+    grid_positions,
+    rotary_angles,
+)
 from nanogen.image.tokenizer import show_partial
 
 
 @dataclass
 class Config:
-    width: int = 256  # features per token
+    width: int = 192  # features per token
     depth: int = 6  # blocks
-    heads: int = 4  # attention heads
+    heads: int = 3  # attention heads
     dropout: float = 0.0  # on every residual branch; full recipes, which see each picture often, need some
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     bottleneck: str = "vq"  # the tokenizer to stand on: vq or fsq
@@ -54,14 +62,10 @@ class TokenAR(nn.Module):
         # How far back in the chain the previous token, above, above right and above left are, and the column where the
         # last two do not exist. (In the left column the previous token is the end of the row above: still worth telling.)
         self.neighbours = ((1, -1), (self.grid, -1), (self.grid - 1, self.grid - 1), (self.grid + 1, 0))
-        self.embeddings = nn.ModuleList(nn.Embedding(self.vocabulary + 1, config.width) for _ in self.neighbours)
+        self.embeddings = nn.ModuleList(WordVectors(tokenizer.codes(), config.width, extra=1) for _ in self.neighbours)
         self.label = ConditionEmbedding(config.classes, config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
-        self.head = nn.Linear(config.width, self.vocabulary)
-        self.head.adamw = True
-        for embedding in self.embeddings:
-            nn.init.normal_(embedding.weight, std=0.5)
-        nn.init.zeros_(self.head.weight)  # the first guess is uniform: loss = log(vocabulary)
+        self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
         angles = rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
@@ -69,7 +73,11 @@ class TokenAR(nn.Module):
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
         return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
 
-    def embed(self, tokens: Tensor, last: bool = False) -> Tensor:
+    def words(self) -> list[Tensor]:
+        """The tables of the words' vectors, one for each neighbour and one for the head: a sampler needs them only once."""
+        return [vectors() for vectors in (*self.embeddings, self.head)]
+
+    def embed(self, tokens: Tensor, last: bool = False, words: list[Tensor] | None = None) -> Tensor:
         """Tokens so far (B, P) -> inputs of positions 0..P (B, P + 1, width), or of position P alone: the sum of what
         stands to the left, above, above right and above left."""
         past = tokens.shape[1]
@@ -77,16 +85,17 @@ class TokenAR(nn.Module):
         column = positions % self.grid
         padded = F.pad(tokens, (self.grid + 1, 0), value=self.start)  # nothing stands before the first token
         x = 0
-        for embedding, (back, outside) in zip(self.embeddings, self.neighbours, strict=True):
+        for table, (back, outside) in zip((words or self.words())[:-1], self.neighbours, strict=True):
             word = padded[:, positions + self.grid + 1 - back]
-            x = x + embedding(torch.where(column == outside, self.start, word))
+            x = x + F.embedding(torch.where(column == outside, self.start, word), table)
         return x
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """All tokens (B, T) at once -> log-odds of each, given those before it: (B, T, vocabulary)."""
-        x = self.embed(tokens[:, :-1])
+        words = self.words()
+        x = self.embed(tokens[:, :-1], words=words)
         x = self.transformer(x, self.angles[: x.shape[1]], causal=True, condition=self.label(labels))
-        return self.head(x).float()
+        return (x @ words[-1].mT).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """batch: "tokens" (B, T), "labels" (B,). Cross-entropy in nats per token; chance is log(vocabulary)."""
@@ -108,14 +117,14 @@ class TokenAR(nn.Module):
         generator = torch.Generator(labels.device).manual_seed(seed)
         tokens = torch.empty(len(labels), 0, dtype=torch.long, device=labels.device)
         labels = with_and_without(labels, self.config.classes, guidance)
-        modulation = self.transformer.modulate(self.label(labels))  # the same for the whole chain
+        words, modulation = self.words(), self.transformer.modulate(self.label(labels))  # the same for the whole chain
         cache = Cache(self.transformer, len(labels), count, modulation.dtype) if cached else None
         pictures = []
         for i in range(count):
-            x = self.embed(tokens if guidance == 1 else torch.cat([tokens, tokens]), last=cached)
+            x = self.embed(tokens if guidance == 1 else torch.cat([tokens, tokens]), cached, words)
             angles = self.angles[i : i + 1] if cached else self.angles[: i + 1]
             h = self.transformer(x, angles, causal=not cached, modulation=modulation, cache=cache)
-            logits = apply_guidance(self.head(h[:, -1]).float(), guidance)
+            logits = apply_guidance((h[:, -1] @ words[-1].mT).float(), guidance)
             token = draw(logits, generator, temperature, top_k, top_p)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             if frames and (i + 1) % max(count // 16, 1) == 0:

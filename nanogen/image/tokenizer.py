@@ -108,6 +108,11 @@ class Tokenizer(nn.Module):
             tokens = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return self.decoder(tokens).clamp(-1, 1)
 
+    @torch.no_grad()
+    def codes(self) -> Tensor:
+        """What the words of the vocabulary look like: the vector behind each, (K, code_dim)."""
+        return self.quantizer.lookup(torch.arange(self.vocabulary, device=next(self.parameters()).device))
+
     def reconstruct(self, images: Tensor) -> Tensor:
         """There and back: (B, 3, H, W), same shape."""
         return self.decode(self.encode(images))
