@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
-from nanogen.image import flow, maskgit, token_ar, tokenizer
+from nanogen.image import flow, maskgit, pixel_ar, token_ar, tokenizer
 from nanogen.lab import judges
 
 LABELS = torch.tensor([0, 1, 2, 3])  # the last one: no label
@@ -158,7 +158,15 @@ def test_one_position_embedded_alone_equals_the_last_of_all(chapter):
     model = tiny(chapter)
     for past in range(16):
         units = torch.randint(32, (2, past) if chapter == "token_ar" else (2, past, 3))
-        assert torch.equal(model.embed(units, last=True), model.embed(units)[:, -1:])
+        assert torch.allclose(model.embed(units, last=True), model.embed(units)[:, -1:], atol=1e-5)
+
+
+def test_brightnesses_near_each_other_look_alike_and_outside_looks_like_none():
+    look = pixel_ar.value_features(torch.arange(257))
+    assert look.shape == (257, pixel_ar.FEATURES)
+    distance = torch.cdist(look, look)
+    assert (distance[100, [101, 104, 116]].diff() > 0).all()  # up to the finest wave, farther looks farther
+    assert (distance[:256, :256] + 9 * torch.eye(256)).min() > 0.05 and distance[256, :256].min() > 1
 
 
 def test_a_token_sees_its_four_neighbours_and_nothing_beyond_the_border():

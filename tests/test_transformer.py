@@ -13,6 +13,7 @@ from nanogen.blocks.transformer import (
     ConditionEmbedding,
     TimeEmbedding,
     Transformer,
+    WordVectors,
     attention,
     drop_labels,
     grid_positions,
@@ -217,3 +218,20 @@ def test_a_residual_block_starts_as_its_shortcut():
     x = torch.randn(2, 16, 4, 4)
     assert torch.equal(ResidualBlock(16, 16)(x), x)
     assert torch.equal((block := ResidualBlock(16, 32, condition=8))(x, torch.randn(2, 8)), block.shortcut(x))
+
+
+def test_what_is_learned_about_a_word_is_learned_about_those_like_it_too():
+    codes = torch.linspace(-1, 1, 64)[:, None]
+    words = WordVectors(codes, 32, zero=True)
+    assert not words().any()  # an output layer starts with a uniform guess
+    optimizer = torch.optim.SGD(words.parameters(), lr=0.01)
+    words()[10].sum().neg().backward()  # raise word 10, and only it
+    optimizer.step()
+    rise = words().sum(1)
+    assert rise[10] > rise[11] > rise[30] and rise[9] > rise[60]
+
+
+def test_words_without_a_code_have_vectors_too_and_no_two_are_alike():
+    words = WordVectors(torch.randn(20, 3), 16, extra=2)()
+    assert words.shape == (22, 16)
+    assert (torch.cdist(words, words) + 9 * torch.eye(22)).min() > 0.1

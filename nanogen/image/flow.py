@@ -41,9 +41,9 @@ class Config:
     network: str = "unet"  # unet (on pixels) or dit (on latents)
     objective: str = "flow"  # flow or ddpm
     times: str = "logit-normal"  # how training times are drawn: logit-normal or uniform
-    widths: tuple[int, ...] = (64, 128, 256)  # unet: channels at 1/2, 1/4, 1/8 of the size
+    widths: tuple[int, ...] = (64, 128, 128)  # unet: channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # unet: residual blocks per level
-    attention_at: int = 2  # unet: coarsest levels with self-attention
+    attention_at: int = 1  # unet: coarsest levels with self-attention
     width: int = 256  # size of the condition vector; dit: features per token
     depth: int = 6  # dit: blocks
     heads: int = 4  # dit: attention heads

@@ -74,8 +74,9 @@ def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
     if chapter == "tokenizer" and not (eye / "model.safetensors").exists():
         train_run("judge", data, tiny, eye, "eye", resume=True, count=COUNT, quiet=True)
     module = CHAPTERS[chapter]
-    if hasattr(module, "stands_on") and module.stands_on(module.Config()):
-        chapter_run("tokenizer", data)
+    fields = {name: value for name, value in overrides.items() if hasattr(module.Config, name)}
+    if hasattr(module, "stands_on") and (needs := module.stands_on(module.Config(**fields))):
+        chapter_run("tokenizer", data, **({} if needs == {"bottleneck": "vq"} else needs))
     tiny |= {name: value for name, value in narrow.items() if hasattr(module.Config, name)}
     overrides = {name: value for name, value in overrides.items() if name != "minutes"}
     return train_run(chapter, data, tiny | overrides, folder, resume=True, count=COUNT, quiet=True)
