@@ -54,6 +54,10 @@ def chapter_run(chapter: str, data: str = DATA, **overrides) -> Run:
         run = train_run(chapter, data, overrides, folder, resume=True)
     print(f"{folder.name}: {run.config['parameters'] / 1e6:.1f} M parameters, trained for {run.config['minutes']:.1f} minutes "
           f"on {run.config['machine']}")
+    if "tokenizer" in run.config:
+        base = folder / run.config["tokenizer"]["path"]
+        minutes = json.loads((base / "config.json").read_text())["minutes"]
+        print(f"  It stands on {base.name}, which was trained for {minutes:.1f} minutes.")
     return run
 
 
