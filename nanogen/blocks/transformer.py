@@ -183,11 +183,10 @@ class WordVectors(nn.Module):
     def __init__(self, codes: Tensor, width: int, extra: int = 0, zero: bool = False):
         super().__init__()
         self.register_buffer("codes", (codes - codes.mean(0)) / codes.std(0), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width))
+        self.mlp = nn.Sequential(nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width, bias=False))
         self.free = nn.Embedding(len(codes) + extra, width)
         nn.init.normal_(self.mlp[0].weight)  # large enough to tell neighbours apart
         nn.init.normal_(self.mlp[2].weight, std=0 if zero else width**-0.5)
-        nn.init.zeros_(self.mlp[2].bias)
         nn.init.normal_(self.free.weight, std=0 if zero else 0.2)
 
     def forward(self) -> Tensor:
