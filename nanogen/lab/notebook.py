@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
+from PIL.Image import Dither
 from PIL.Image import Image as Picture
 
 from nanogen.data.datasets import data_folder
@@ -87,8 +88,13 @@ def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
 
 
 def picture(what: np.ndarray | Picture | Figure, columns: int = 10, scale: int = 2) -> None:
-    """Show pictures uint8 (N, H, W, 3) as a grid, each pixel enlarged `scale` times; or one picture, or a figure."""
-    display(Image(png(grid(what, columns, scale) if isinstance(what, np.ndarray) else what)))
+    """Show pictures uint8 (N, H, W, 3) as a grid, each pixel enlarged `scale` times; or one picture, or a figure.
+
+    Grids in 256 colours, chosen for each: a third of the bytes, so that a notebook stays light enough for GitHub to show.
+    """
+    if isinstance(what, np.ndarray):
+        what = grid(what, columns, scale).quantize(256, kmeans=1, dither=Dither.NONE)
+    display(Image(png(what)))
 
 
 def animate(frames: list[np.ndarray] | np.ndarray, columns: int = 10, scale: int = 2, milliseconds: int = 150) -> None:
