@@ -13,7 +13,7 @@ from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
-MACHINE_PATHS = ("/home/", "/root/", "/tmp/", "/work/", "/Users/", "site-packages")
+MACHINE_PATHS = (str(FOLDER.parent), "/home/", "/root/", "/tmp/", "/Users/", "site-packages")
 
 
 def code_cells(notebook) -> list:
