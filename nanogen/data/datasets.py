@@ -1,4 +1,4 @@
-"""The data, behind one function: load("cifar10"), load("fsdd"), load("scenes"), load("a/folder/of/my/own").
+"""The data, behind one function: load("cifar10"), load("fsdd"), load("scenes"), load("voices"), load("a/folder").
 
 All of it is small: a data set is a few arrays in memory, not a stream. A chapter puts them on its device once and draws
 batches by indexing. Pictures are uint8 (N, H, W, 3), sounds a list of float32 (T,) in [-1, 1].
@@ -6,6 +6,7 @@ batches by indexing. Pictures are uint8 (N, H, W, 3), sounds a list of float32 (
     cifar10    60,000 photographs of 10 classes, 32x32; downloaded once (Krizhevsky 2009)
     fsdd       3,000 spoken digits by 6 speakers, 8 kHz; downloaded once (Free Spoken Digit Dataset)
     scenes     55,000 drawings with the truth about each; made here, by `scenes.py`, from a seed
+    voices     8,800 spoken digits, 3 languages, 240 voices, with their truth; made here, by `voices.py`, from a seed
     a folder   pictures or sounds of one's own, one sub-folder per class
 
 The named ones are kept as <name>.npz in $NANOGEN_DATA, else in `data/`, whose README has hosts and licences.
@@ -15,13 +16,14 @@ import hashlib
 import os
 import stat
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 
 from nanogen import UserError
-from nanogen.data import drawing, scenes
+from nanogen.data import drawing, phonemes, scenes, voices
 from nanogen.data.download import SOURCES, download, write_npz
 from nanogen.data.folders import SAMPLE_RATE, read_folder, reason
 
@@ -55,6 +57,7 @@ class Sounds:
     class_names: list[str]
     speaker_names: list[str]
     sample_rate: int = SAMPLE_RATE
+    truth: dict[str, np.ndarray] = field(default_factory=dict)  # voices: "train_language", "test_voice", ...
 
 
 def data_folder() -> Path:
@@ -66,20 +69,21 @@ def load(name: str | Path, folder: Path | None = None, count: int | None = None)
     """A data set by its name, or a folder of one's own by its path.
 
     `folder`: where the named ones are kept, if not in `data_folder()`. `count`: only so many to learn from
-    and a tenth as many for the test, spread evenly over the whole (scenes: drawn on the spot, not cached).
+    and a tenth as many for the test, spread evenly over the whole (scenes, voices: made on the spot, not cached).
     UserError, one sentence, for an unknown name, a file that cannot be read, a download that failed.
     """
     if count is not None and count < 1:
         raise UserError(f"count must be at least 1, got {count}.")
-    if name == "scenes":
-        return load_scenes([Path(folder)] if folder else [data_folder(), REPOSITORY_DATA], count)
+    if name in ("scenes", "voices"):
+        folders = [Path(folder)] if folder else [data_folder(), REPOSITORY_DATA]
+        return load_scenes(folders, count) if name == "scenes" else load_voices(folders, count)
     if name in SOURCES:
         data = load_downloaded(name, Path(folder) if folder else data_folder())
     elif name and (own := Path(name).expanduser()).is_dir():
         fields = read_folder(own)
         data = (Images if "train_images" in fields else Sounds)(own.name, **fields)
     else:
-        choices = f"say {', '.join(SOURCES)}, scenes or an existing folder"
+        choices = f"say {', '.join(SOURCES)}, scenes, voices or an existing folder"
         raise UserError(f"There is no data set or folder {str(name)!r}: {choices}.")
     return data if count is None else thin(data, count)
 
@@ -144,36 +148,50 @@ def read_npz(path: Path) -> dict[str, np.ndarray]:
         raise UserError(f"{path} cannot be read ({reason(error)}): {advice}.") from error
 
 
-# ------------------------------------------------------------------------------------ scenes
+# ------------------------------------------------------------------------------------ made here: scenes, voices
 
 
 def load_scenes(folders: list[Path], count: int | None = None) -> Images:
-    """50,000 scenes of seed 0 to learn from, 5,000 of seed 1 for the test; kept in the first writable folder.
-
-    The cache carries a fingerprint of the code that drew it: change the code, and they are drawn anew.
-    """
+    """50,000 scenes of seed 0 to learn from, 5,000 of seed 1 for the test."""
     if count is not None:
         return unpack_scenes(draw_scenes(count, max(1, count // 10)))
-    code = b"".join(Path(module.__file__).read_bytes() for module in (scenes, drawing))
+    announce = "Drawing 55,000 scenes: up to a minute, once."
+    return unpack_scenes(made_once("scenes", (scenes, drawing), lambda: draw_scenes(50_000, 5_000), folders, announce))
+
+
+def load_voices(folders: list[Path], count: int | None = None) -> Sounds:
+    """8,000 spoken digits by 200 voices to learn from, 800 by 40 others for the test."""
+    if count is not None:
+        return unpack_voices(record_voices(count, max(1, count // 10)))
+    announce = "Speaking 8,800 digits: a minute or two, once."
+    return unpack_voices(made_once("voices", (voices, phonemes), lambda: record_voices(8_000, 800), folders, announce))
+
+
+def made_once(name: str, modules: tuple, make: Callable, folders: list[Path], announce: str) -> dict[str, np.ndarray]:
+    """What make() gives, from <name>.npz of the first folder that has it; else made, and kept in the first writable one.
+
+    The cache carries a fingerprint of the code of its modules: change the code, and all is made anew.
+    """
+    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
     fingerprint = hashlib.sha256(code).hexdigest()
-    for path in [folder / "scenes.npz" for folder in folders]:
+    for path in [folder / f"{name}.npz" for folder in folders]:
         try:
             with np.load(path, allow_pickle=False) as file:
                 if str(file["fingerprint"]) == fingerprint:
-                    return unpack_scenes({key: file[key] for key in file.files if key != "fingerprint"})
-        except Exception:  # absent or damaged: drawing them again takes a minute, so no question is asked
+                    return {key: file[key] for key in file.files if key != "fingerprint"}
+        except Exception:  # absent or damaged: making it again takes a minute, so no question is asked
             continue
-    print("Drawing 55,000 scenes: up to a minute, once.", file=sys.stderr)
-    arrays = draw_scenes(50_000, 5_000)
+    print(announce, file=sys.stderr)
+    arrays = make()
     for folder in folders:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             if folder.stat().st_mode & stat.S_IWUSR:  # what is marked read-only stays as it is, even for root
-                write_npz(folder / "scenes.npz", arrays | {"fingerprint": np.array(fingerprint)})
+                write_npz(folder / f"{name}.npz", arrays | {"fingerprint": np.array(fingerprint)})
                 break
         except OSError:
             continue  # not kept, then
-    return unpack_scenes(arrays)
+    return arrays
 
 
 def draw_scenes(train_count: int, test_count: int) -> dict[str, np.ndarray]:
@@ -193,3 +211,31 @@ def unpack_scenes(arrays: dict[str, np.ndarray]) -> Images:
     for key in ("train_mask", "test_mask"):
         images.truth[key] = np.unpackbits(arrays[key], axis=-1).astype(bool)
     return images
+
+
+def record_voices(train_count: int, test_count: int) -> dict[str, np.ndarray]:
+    """Both parts end to end, laid out as fsdd's cache is, with language and voice; no voice is in both."""
+    parts = [voices.make(train_count, seed=0, speakers=200), voices.make(test_count, seed=1, speakers=40)]
+    train, test = parts
+    test["speaker"] += train["speaker"].max() + 1
+    clips = train["waveforms"] + test["waveforms"]
+    speakers = np.concatenate([part["speaker"] for part in parts])
+    return {
+        "waveform": np.round(32768 * np.concatenate(clips)).astype(np.int16),
+        "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
+        "digits": np.concatenate([part["labels"] for part in parts]),
+        "speakers": speakers,
+        "is_test": np.repeat([False, True], [len(part["labels"]) for part in parts]),
+        "speaker_names": np.array([f"voice {i}" for i in range(speakers.max() + 1)]),
+        "sample_rate": np.array(voices.RATE),
+        "language": np.concatenate([part["language"] for part in parts]),
+        "voice": np.concatenate([part["voice"] for part in parts]),
+    }
+
+
+def unpack_voices(arrays: dict[str, np.ndarray]) -> Sounds:
+    """What `record_voices` made -> Sounds; truth: language, an index into voices.LANGUAGES, and the voice's numbers."""
+    sounds, is_test = as_sounds("voices", arrays), arrays["is_test"]
+    for key in ("language", "voice"):
+        sounds.truth |= {f"train_{key}": arrays[key][~is_test], f"test_{key}": arrays[key][is_test]}
+    return sounds

@@ -1,0 +1,234 @@
+"""The voices say what they are asked to, when they are asked to, as high as they are asked to."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from nanogen import UserError
+from nanogen.data import datasets, voices
+from nanogen.data.phonemes import DIGITS, LANGUAGES, PHONEMES, SYLLABLES
+from nanogen.data.voices import RATE, Speaker, make, midi_to_hertz, pluck, say, sing
+
+
+def pitch_of(waveform):
+    """Hz, of a steady sound: the highest peak of its autocorrelation between 60 and 1,000 Hz, to a fraction of a sample."""
+    size = 16 * len(waveform)
+    windowed = (waveform - waveform.mean()) * np.hanning(len(waveform))
+    correlation = np.fft.irfft(np.abs(np.fft.rfft(windowed, size)) ** 2)[: RATE // 60]
+    # A window makes longer lags weaker: undone, or every peak would lean to the left.
+    correlation = correlation / np.fft.irfft(np.abs(np.fft.rfft(np.hanning(len(waveform)), size)) ** 2)[: RATE // 60]
+    peaks = [i for i in range(RATE // 1000, len(correlation) - 1) if correlation[i - 1] <= correlation[i] >= correlation[i + 1]]
+    best = next(i for i in peaks if correlation[i] > 0.9 * max(correlation[peaks]))  # the first: not an octave below
+    left, middle, right = correlation[best - 1 : best + 2]
+    return RATE / (best + 0.5 * (left - right) / (left - 2 * middle + right))
+
+
+def cents(hertz, other):
+    return abs(1200 * np.log2(hertz / other))
+
+
+def is_sound(waveform):
+    assert waveform.dtype == np.float32 and waveform.ndim == 1 and np.isfinite(waveform).all()
+    assert 0.5 < np.abs(waveform).max() <= 1
+    assert abs(waveform[0]) < 0.05 and abs(waveform[-1]) < 0.05, "it begins and ends without a click"
+    return True
+
+
+# ------------------------------------------------------------------------------------ speech
+
+
+def test_every_digit_and_syllable_is_made_of_known_phonemes():
+    assert set(DIGITS) == set(LANGUAGES) and all(len(digits) == len(set(digits)) == 10 for digits in DIGITS.values())
+    spelled = [word for digits in DIGITS.values() for word in digits] + list(SYLLABLES.values())
+    assert {symbol for word in spelled for symbol in word.split()} <= set(PHONEMES)
+    for symbol, phones in PHONEMES.items():
+        for phone in phones:
+            for first, second, third in (phone.formants, phone.end or phone.formants):
+                assert 150 < first < second < third < 3500, symbol
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_every_digit_sounds(language):
+    for digit in range(10):
+        waveform = say([digit], language, seed=digit)
+        assert is_sound(waveform) and 0.15 < len(waveform) / RATE < 1
+        assert np.array_equal(waveform, say(str(digit), language, seed=digit)), "an equal seed, an equal sound"
+        assert not np.array_equal(waveform, say([digit], language, seed=digit + 1)[: len(waveform)])
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.lists(st.integers(0, 9), min_size=1, max_size=4), st.sampled_from(LANGUAGES))
+def test_any_voice_can_say_anything_in_the_time_it_is_given(seed, digits, language):
+    rng = np.random.default_rng(seed)
+    seconds = float(rng.uniform(0.15, 0.8)) * len(digits)
+    waveform, phonemes = say(digits, language, Speaker.random(rng), seed, seconds, alignment=True)
+    assert len(waveform) == round(seconds * RATE) and is_sound(waveform)
+    symbols, starts, ends = zip(*phonemes, strict=True)
+    assert list(symbols) == [symbol for digit in digits for symbol in DIGITS[language][digit].split()]
+    assert starts[0] == 0 and starts[1:] == ends[:-1] and np.isclose(ends[-1], len(waveform) / RATE)
+    assert all(end > start for start, end in zip(starts, ends, strict=True))
+
+
+def test_voiced_sounds_do_not_click():
+    """Noise may jump from one sample to the next; a vowel below 1 kHz may not, and no join shows in it."""
+    jumps = np.abs(np.diff(sing(["o", "u"], [50, 52], [0.6, 0.6], seed=1)))
+    assert jumps.max() < 0.5 and jumps.max() < 12 * np.sqrt((jumps**2).mean())
+
+
+def test_vowels_have_their_formants():
+    """An /a/ is loudest near 640 and 1,350 Hz, and a tract shorter by a fifth moves both up by a quarter."""
+    for tract in (17.5, 14.0):
+        waveform = sing(["a"], [45], [1.0], Speaker(tract, breath=0.0))[RATE // 4 : -RATE // 4]
+        spectrum = np.abs(np.fft.rfft(waveform * np.hanning(len(waveform)))) ** 2
+        f = np.fft.rfftfreq(len(waveform), 1 / RATE)
+        smooth = np.array([spectrum[abs(f - at) < 90].sum() * at**2 for at in range(400, 2400, 10)])
+        peaks = [400 + 10 * i for i in range(1, 199) if smooth[i - 1] < smooth[i] >= smooth[i + 1]]
+        expected = np.array([640, 1350]) * 17.5 / tract
+        assert all(min(abs(np.array(peaks) / at - 1)) < 0.15 for at in expected), (tract, peaks)
+
+
+def test_a_closure_is_silent_and_an_s_is_high():
+    waveform, phonemes = say("6", seconds=1.0, alignment=True)
+    (_, s_start, s_end), _, (_, k_start, _), _ = phonemes
+    hiss = waveform[round(RATE * (s_start + 0.03)) : round(RATE * (s_end - 0.03))]
+    spectrum = np.abs(np.fft.rfft(hiss)) ** 2
+    assert spectrum[len(spectrum) // 2 :].sum() > 5 * spectrum[: len(spectrum) // 2].sum(), "above 2 kHz"
+    closure = waveform[round(RATE * (k_start + 0.04)) : round(RATE * (k_start + 0.07))]
+    assert np.abs(closure).max() < 0.05 * np.abs(waveform).max()
+
+
+def test_pitch_is_the_speakers_and_falls():
+    waveform, phonemes = say("9", speaker=Speaker(pitch=140.0, breath=0.0), seconds=1.2, alignment=True)
+    start, end = (round(RATE * time) for time in phonemes[1][1:])
+    first, last = pitch_of(waveform[start : start + 1200]), pitch_of(waveform[end - 1200 : end])
+    assert 120 < last < first < 160
+
+
+# ------------------------------------------------------------------------------------ song
+
+
+@pytest.mark.parametrize("note", [45, 52, 57, 64, 69])
+@pytest.mark.parametrize("syllable", ["la", "do", "mi"])
+def test_a_sung_note_is_in_tune(note, syllable):
+    waveform = sing([syllable], [note], [1.2], Speaker(15.5), seed=note)
+    assert is_sound(waveform) and len(waveform) == 1.2 * RATE
+    assert cents(pitch_of(waveform[4000:8364]), midi_to_hertz(note)) < 20  # three whole swings of the vibrato
+
+
+def test_a_song_keeps_time_and_rests():
+    waveform, phonemes = sing(["moon", "-", "la"], [57, None, 60], [0.5, 0.4, 0.6], alignment=True)
+    assert len(waveform) == 1.5 * RATE and [symbol for symbol, _, _ in phonemes] == ["m", "u", "n", "l", "a"]
+    assert phonemes[0][1] == 0 and np.isclose(phonemes[2][2], 0.5) and np.isclose(phonemes[3][1], 0.9)
+    vowel = phonemes[1]
+    assert vowel[2] - vowel[1] > 0.25, "the vowel carries the note"
+    assert np.abs(waveform[round(0.6 * RATE) : round(0.85 * RATE)]).max() < 0.02
+
+
+@pytest.mark.parametrize("note", [36, 45, 57, 64, 72, 79])
+def test_a_plucked_string_is_in_tune_and_dies_away(note):
+    waveform = pluck([note], [1.0])
+    assert waveform.dtype == np.float32 and len(waveform) == RATE and 0.5 < np.abs(waveform).max() <= 1
+    assert cents(pitch_of(waveform[800:4800]), midi_to_hertz(note)) < 20
+    assert np.square(waveform[4000:7600]).mean() < 0.5 * np.square(waveform[:3600]).mean()
+
+
+def test_a_chord_is_the_sum_of_strings_and_a_rest_is_silent():
+    waveform = pluck([(48, 55), None], [0.5, 0.25])
+    assert len(waveform) == 0.75 * RATE and not waveform[RATE // 2 :].any() and waveform[: RATE // 2].any()
+
+
+# ------------------------------------------------------------------------------------ the data set
+
+
+@pytest.fixture(scope="module")
+def clips():
+    return make(200, seed=0, speakers=20, languages=["english"]), make(60, seed=1, speakers=20, languages=["english"])
+
+
+def test_a_small_set_is_the_beginning_of_a_larger_one(clips):
+    few = make(5, seed=0, speakers=20, languages=["english"])
+    for key, values in few.items():
+        assert len(values) == 5 and all(np.array_equal(a, b) for a, b in zip(values, clips[0][key], strict=False)), key
+    assert clips[0]["labels"].dtype == np.int64 and set(clips[0]["labels"]) == set(range(10))
+    assert set(make(40, seed=0)["language"]) == {0, 1, 2}
+
+
+def test_voices_of_the_test_are_unseen(clips):
+    train, test = (np.unique(part["voice"], axis=0) for part in clips)
+    assert train.shape == test.shape == (20, 4) and train.dtype == np.float32
+    assert np.abs((train[:, None] - test) / train.std(axis=0)).max(axis=-1).min() > 0.02
+    assert (train.std(axis=0) > [1, 20, 0.15, 0.1]).all(), "and they differ among themselves"
+
+
+def loudness(waveform):
+    """A picture of the sound, for a classifier: level in 20 bands at 20 moments, (400,)."""
+    frames = np.lib.stride_tricks.sliding_window_view(np.pad(waveform, 128), 256)[::40] * np.hanning(256)
+    power = np.abs(np.fft.rfft(frames))[:, :120].reshape(len(frames), 20, 6).sum(axis=2)
+    level = np.log(power + 0.01 * power.max())
+    moments = np.linspace(0, len(level) - 1, 20).astype(int)
+    return (level[moments] - level.mean()).ravel()
+
+
+def test_a_classifier_learns_the_digits_of_unseen_voices(clips):
+    (x, y), (test_x, test_y) = (
+        (torch.tensor(np.stack([loudness(w) for w in part["waveforms"]])).float(), torch.tensor(part["labels"])) for part in clips
+    )
+    model = nn.Linear(400, 10)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3, weight_decay=0.1)
+    for _ in range(200):
+        loss = nn.functional.cross_entropy(model(x), y)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert (model(test_x).argmax(dim=1) == test_y).float().mean() > 0.8
+
+
+def test_voices_are_a_data_set_like_the_others(tmp_path, monkeypatch):
+    data = datasets.load("voices", tmp_path, count=30)
+    assert len(data.train_waveforms) == 30 and len(data.test_waveforms) == 3 and not any(tmp_path.iterdir())
+    assert data.sample_rate == RATE and data.class_names == list("0123456789")
+    assert not set(data.train_speakers) & set(data.test_speakers) and len(data.speaker_names) == 33
+    assert data.truth["train_language"].shape == (30,) and data.truth["test_voice"].shape == (3, 4)
+    for stored, made in zip(data.train_waveforms, make(30, seed=0)["waveforms"], strict=True):
+        assert np.abs(stored - made).max() < 1e-4
+    asked = []
+
+    def make_few(count, seed, speakers):
+        asked.append(count)
+        return make(count // 400, seed, speakers)
+
+    monkeypatch.setattr(voices, "make", make_few)
+    first, again = datasets.load("voices", tmp_path), datasets.load("voices", tmp_path)
+    assert asked == [8000, 800], "the second time from the cache"
+    assert all(np.array_equal(a, b) for a, b in zip(first.train_waveforms, again.train_waveforms, strict=True))
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    "call, message",
+    [
+        (lambda: say("4a"), "digits are one or more of 0 to 9"),
+        (lambda: say(""), "digits are one or more"),
+        (lambda: say([11]), "digits are one or more"),
+        (lambda: say(-3), "digits are one or more"),
+        (lambda: say("4", "french"), "unknown language 'french': choose one of english"),
+        (lambda: say("44", seconds=0.1), "2 digits need at least 0.2 seconds"),
+        (lambda: say("44", seconds=float("nan")), "at least 0.2 seconds"),
+        (lambda: Speaker(tract=40), "a speaker's tract is 10 to 20, got 40"),
+        (lambda: sing(["la"], [60, 62], [1.0]), "must be as many"),
+        (lambda: sing(["q"], [60], [1.0]), "unknown syllable or phoneme 'q'"),
+        (lambda: sing(["la"], [60], [0.01]), "at least 0.1 seconds"),
+        (lambda: pluck([60], []), "must be as many"),
+        (lambda: pluck([120], [1.0]), "a string sounds from 30"),
+        (lambda: make(0), "must be at least 1"),
+    ],
+)
+def test_a_mistake_gets_one_clear_sentence(call, message):
+    with pytest.raises(UserError, match=message) as error:
+        call()
+    assert "\n" not in str(error.value)
