@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 from torch import nn
 
-from nanogen.image import flow, maskgit, pixel_ar, token_ar, tokenizer
+from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab.train import Training
 
 torch.set_num_threads(1)  # tiny networks run no faster on more, and sums come out the same
@@ -50,12 +50,16 @@ def tiny(chapter: str, grid: int = 4, asleep: bool = False, **fields) -> nn.Modu
     """A chapter's model with 3 classes, `awake` unless told. Its chain has grid x grid units."""
     small = dict(width=32, depth=2, heads=2, classes=3) | fields
     vq = tiny_tokenizer(grid=grid) if chapter in ("token_ar", "maskgit") else None
-    kl = tiny_tokenizer("kl", grid=grid) if chapter == "dit" else None
+    kl = tiny_tokenizer("kl", grid=grid) if chapter in ("dit", "mar") else None
+    multiscale = tiny_tokenizer("multiscale", grid=grid, code_dim=4) if chapter == "var" else None
     torch.manual_seed(1)
     model = {
         "pixel_ar": lambda: pixel_ar.PixelAR(pixel_ar.Config(**small, size=grid)),
         "token_ar": lambda: token_ar.TokenAR(token_ar.Config(**small, size=2 * grid), vq),
         "maskgit": lambda: maskgit.MaskGIT(maskgit.Config(**small, size=2 * grid), vq),
+        "var": lambda: var.VAR(var.Config(**small, size=2 * grid), multiscale),
+        "mar": lambda: mar.MAR(mar.Config(**(dict(head_width=32, head_repeat=1) | small), size=2 * grid), kl),
+        "meanflow": lambda: meanflow.MeanFlow(meanflow.Config(width=32, classes=3, widths=(16, 32), size=2 * grid)),
         "flow": lambda: flow.Flow(flow.Config(**small, widths=(16, 32), attention_at=1, size=2 * grid)),
         "dit": lambda: flow.Flow(flow.Config(**small, network="dit", size=2 * grid), kl),
     }[chapter]()
@@ -71,6 +75,10 @@ def tiny_data(chapter: str, grid: int = 4, count: int = 16) -> dict[str, torch.T
         "pixel_ar": {"pixels": pixels.flatten(2).transpose(1, 2)[:, : grid**2].contiguous(), "labels": labels},
         "token_ar": {"tokens": torch.randint(32, (count, grid**2), generator=generator), "labels": labels},
         "maskgit": {"tokens": torch.randint(32, (count, grid**2), generator=generator), "labels": labels},
+        "var": {"tokens": torch.randint(32, (count, sum(side**2 for side in range(1, grid + 1))), generator=generator),
+                "labels": labels},
+        "mar": {"latents": torch.randn(count, 4, grid, grid, generator=generator), "labels": labels},
+        "meanflow": {"images": pixels, "labels": labels},
         "flow": {"images": pixels, "labels": labels},
         "dit": {"latents": torch.randn(count, 4, grid, grid, generator=generator), "labels": labels},
     }[chapter]

@@ -324,8 +324,8 @@ def test_flow_refuses_what_it_does_not_know(fields):
 
 
 def test_chapters_say_which_tokenizer_they_stand_on():
-    assert flow.stands_on(flow.Config()) is None and flow.stands_on(flow.Config(network="dit")) == {"bottleneck": "kl"}
-    assert maskgit.stands_on(maskgit.Config(bottleneck="fsq")) == token_ar.stands_on(token_ar.Config(bottleneck="fsq")) == {"bottleneck": "fsq"}
+    assert flow.stands_on(flow.Config()) is None and flow.stands_on(flow.Config(network="dit")) == ("tokenizer", {"bottleneck": "kl"})
+    assert maskgit.stands_on(maskgit.Config(bottleneck="fsq")) == token_ar.stands_on(token_ar.Config(bottleneck="fsq")) == ("tokenizer", {"bottleneck": "fsq"})
 
 
 # --- Judges

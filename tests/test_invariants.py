@@ -11,14 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file
 
-from nanogen.image import maskgit, pixel_ar
+from nanogen.image import maskgit, pixel_ar, tokenizer
 from nanogen.lab import judges
 from nanogen.lab.metrics import psnr
 from nanogen.lab.runs import train_run
 from nanogen.lab.train import train
 
 CHAINS = ("pixel_ar", "token_ar")
-CHAPTERS = (*CHAINS, "maskgit", "flow", "dit")
+CHAPTERS = (*CHAINS, "maskgit", "var", "mar", "flow", "dit")
+PASSES = {"var": 4}  # of a sampler that allows one number only; 16 where nothing is said
 LABELS = torch.tensor([0, 1, 2, 3])  # the last one: no label
 
 
@@ -134,20 +135,20 @@ def test_guidance_1_is_conditional_and_costs_one_pass(chapter, monkeypatch):
     network = model.network if chapter in ("flow", "dit") else model.transformer
     rows = []
     network.register_forward_pre_hook(lambda module, inputs: rows.append(len(inputs[0])))
-    plain = model.sample(LABELS[:3], steps=16)
+    plain = model.sample(LABELS[:3], steps=PASSES.get(chapter, 16))
     assert set(rows) == {3}  # the passes see each picture once
-    assert not torch.equal(plain, model.sample(LABELS[1:], steps=16))  # the label matters
+    assert not torch.equal(plain, model.sample(LABELS[1:], steps=PASSES.get(chapter, 16)))  # the label matters
     rows.clear()
-    guided = model.sample(LABELS[:3], steps=16, guidance=1 + 1e-5)
+    guided = model.sample(LABELS[:3], steps=PASSES.get(chapter, 16), guidance=1 + 1e-5)
     assert set(rows) == {6}  # with its label and without
     assert (plain - guided).abs().max() < 1e-2
-    assert (plain - model.sample(LABELS[:3], steps=16, guidance=8.0)).abs().max() > 1e-2
+    assert (plain - model.sample(LABELS[:3], steps=PASSES.get(chapter, 16), guidance=8.0)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_a_seed_gives_the_same_pictures_and_another_seed_others(chapter):
     model = tiny(chapter)
-    first, again, other = (model.sample(LABELS, steps=16, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (model.sample(LABELS, steps=PASSES.get(chapter, 16), seed=seed) for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert first.dtype == torch.float32 and first.min() >= -1 and first.max() <= 1
 
@@ -155,17 +156,18 @@ def test_a_seed_gives_the_same_pictures_and_another_seed_others(chapter):
 @pytest.mark.parametrize("chapter", CHAPTERS)
 def test_the_last_frame_is_the_picture_and_watching_changes_nothing(chapter):
     model = tiny(chapter)
-    pictures, frames = model.sample(LABELS, steps=16, frames=True)
-    assert torch.equal(pictures, model.sample(LABELS, steps=16))
+    pictures, frames = model.sample(LABELS, steps=PASSES.get(chapter, 16), frames=True)
+    assert torch.equal(pictures, model.sample(LABELS, steps=PASSES.get(chapter, 16)))
     assert torch.equal(frames[-1], pictures) and all(frame.shape == pictures.shape for frame in frames)
-    assert len(frames) == {"pixel_ar": 4, "token_ar": 16, "maskgit": 16, "flow": 17, "dit": 17}[chapter]
+    assert len(frames) == {"pixel_ar": 4, "var": 4, "flow": 17, "dit": 17}.get(chapter, 16)
 
 
 # --- Training
 
 
 @pytest.mark.parametrize(("chapter", "steps", "chance"), [
-    ("pixel_ar", 50, math.log(256)), ("token_ar", 40, math.log(32)), ("maskgit", 80, math.log(32)), ("flow", 100, 1), ("dit", 60, 1)])
+    ("pixel_ar", 50, math.log(256)), ("token_ar", 40, math.log(32)), ("maskgit", 80, math.log(32)),
+    ("var", 40, math.log(32)), ("mar", 200, 2), ("flow", 100, 1), ("dit", 60, 1)])
 def test_every_chapter_can_learn_one_batch_by_heart(chapter, steps, chance):
     model, data = tiny(chapter, label_dropout=0.0, asleep=True), tiny_data(chapter, count=3)
     data["labels"] = torch.arange(3)
@@ -177,7 +179,7 @@ def test_every_chapter_can_learn_one_batch_by_heart(chapter, steps, chance):
     assert log[-1]["loss"] < 0.5 * chance < log[0]["loss"]
 
 
-@pytest.mark.parametrize("bottleneck", ["vq", "fsq", "kl", "none"])
+@pytest.mark.parametrize("bottleneck", tokenizer.BOTTLENECKS)
 def test_every_tokenizer_learns_to_bring_back_one_batch(bottleneck):
     model = tiny_tokenizer(bottleneck, codes=64)
     images = torch.nn.functional.interpolate(torch.rand(8, 3, 2, 2), 8, mode="bilinear") * 2 - 1
@@ -198,7 +200,7 @@ def make(chapter):
 
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-@pytest.mark.parametrize("chapter", [*CHAPTERS, "tokenizer", "judge"])
+@pytest.mark.parametrize("chapter", [*CHAPTERS, "meanflow", "tokenizer", "judge"])
 def test_a_training_that_is_interrupted_and_resumed_ends_in_the_same_weights_bit_for_bit(chapter, optimizer, tmp_path, monkeypatch):
     options = briefly(8, batch_size=4, optimizer=optimizer, save_every=0.0)
     whole, data = make(chapter)
@@ -265,7 +267,7 @@ def test_the_seed_decides_the_weights_and_nothing_else_does(own_pictures, tmp_pa
     assert not torch.equal(first["stem.0.weight"], other["stem.0.weight"])
 
 
-@pytest.mark.parametrize("chapter", ["token_ar", "maskgit", "dit"])
+@pytest.mark.parametrize("chapter", ["token_ar", "maskgit", "var", "mar", "dit"])
 def test_the_tokenizer_is_no_part_of_the_model_that_stands_on_it(chapter):
     model = tiny(chapter)
     assert not any("tokenizer" in name for name in model.state_dict())

@@ -53,7 +53,7 @@ def test_a_step_of_muon_is_as_large_as_one_of_adamw():
 
 
 @pytest.mark.parametrize("kind", ["muon", "adamw"])
-@pytest.mark.parametrize("chapter", ["pixel_ar", "token_ar", "maskgit", "flow", "dit", "tokenizer"])
+@pytest.mark.parametrize("chapter", ["pixel_ar", "token_ar", "maskgit", "var", "mar", "flow", "dit", "meanflow", "tokenizer"])
 def test_every_weight_is_in_exactly_one_optimizer(chapter, kind):
     model = tiny_tokenizer() if chapter == "tokenizer" else tiny(chapter)
     optimizers = make_optimizers(model, kind, 1e-3, 0.1, torch.float32)
@@ -395,7 +395,7 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, tmp_path):
 
 def test_a_tokenizer_that_has_changed_is_noticed(finished, tmp_path):
     folder = copy_of(finished["maskgit"], tmp_path)
-    assert load_run(folder).config["tokenizer"]["path"] == "../tokenizer-fruit"
+    assert load_run(folder).config["base"]["path"] == "../tokenizer-fruit"
     weights = folder.parent / "tokenizer-fruit/model.safetensors"
     values = load_file(weights)
     values["quantizer.book.vectors"][0, 0] += 0.1
@@ -593,7 +593,7 @@ def test_the_tokenizer_and_the_eye_beneath_are_trained_first_and_said_so(own_pic
     said = capsys.readouterr().out
     assert "stands on a tokenizer" in said and "needs an eye" in said
     assert {path.name for path in tmp_path.iterdir()} == {"maskgit", "tokenizer-fruit", "eye-fruit"}
-    assert run.config["tokenizer"] == {"path": "../tokenizer-fruit", "hash": content_hash(tmp_path / "tokenizer-fruit")}
+    assert run.config["base"] == {"path": "../tokenizer-fruit", "hash": content_hash(tmp_path / "tokenizer-fruit")}
     assert "perceptual" in (tmp_path / "tokenizer-fruit/log.jsonl").read_text()
     assert not any("eye" in name for name in load_file(tmp_path / "tokenizer-fruit/model.safetensors"))
 
@@ -602,7 +602,7 @@ def test_an_unfinished_tokenizer_beneath_is_finished_first(finished, tmp_path):
     folder = copy_of(finished["maskgit"], tmp_path).parent
     (folder / "tokenizer-fruit/model.safetensors").unlink()
     run = tiny_run("maskgit", finished["maskgit"].data, folder / "new")
-    assert run.config["tokenizer"]["hash"] == finished["maskgit"].config["tokenizer"]["hash"]  # the same, bit for bit
+    assert run.config["base"]["hash"] == finished["maskgit"].config["base"]["hash"]  # the same, bit for bit
 
 
 def test_a_full_disk_at_the_end_is_a_sentence_and_the_training_is_not_lost(own_pictures, tmp_path, monkeypatch):

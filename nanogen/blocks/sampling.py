@@ -1,4 +1,6 @@
-"""Drawing from a list of log-odds, and guidance: what every sampler of discrete tokens does at each step."""
+"""Drawing from log-odds, guidance, and the order in which masked tokens are revealed: what samplers of tokens do at each step."""
+
+import math
 
 import torch
 from torch import Tensor
@@ -36,3 +38,37 @@ def apply_guidance(logits: Tensor, guidance: float) -> Tensor:
         return logits
     cond, uncond = logits.chunk(2)
     return uncond + guidance * (cond - uncond)
+
+
+def reveal_schedule(count: int, steps: int) -> list[int]:
+    """How many of `count` tokens are known after each step: few at first, and at least one more each time.
+
+    The masked share falls as cos(pi/2 r): 12 steps for 64 tokens reveal 1, 2, 4, ... and 8 at the end.
+    """
+    known, schedule = 0, []
+    for step in range(1, steps + 1):
+        wanted = count - math.floor(count * math.cos(math.pi / 2 * step / steps))
+        known = min(max(wanted, known + 1), count - (steps - step))  # leave one for each step to come
+        schedule.append(known)
+    return schedule
+
+
+def halton_ranks(grid: int) -> Tensor:
+    """The step of each cell in Halton order: (grid^2,) ranks. Points (i in base 2, i in base 3), mirrored at the decimal
+    point, fill the square evenly at every moment; a cell's rank is when its first point falls."""
+
+    def mirrored(i: int, base: int) -> float:
+        value, scale = 0.0, 1.0
+        while i:
+            scale /= base
+            i, digit = divmod(i, base)
+            value += digit * scale
+        return value
+
+    order, i = {}, 1  # a dict keeps the order in which cells are met
+    while len(order) < grid**2:
+        order.setdefault(int(mirrored(i, 2) * grid) * grid + int(mirrored(i, 3) * grid))
+        i += 1
+    ranks = torch.empty(grid**2, dtype=torch.long)
+    ranks[torch.tensor(list(order))] = torch.arange(grid**2)
+    return ranks

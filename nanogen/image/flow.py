@@ -14,8 +14,13 @@ and, on the same network, the objective that came before (objective="ddpm": pred
 
     python -m nanogen train flow --data cifar10 --minutes 12
 
-Sources: Lipman et al. 2023 and Liu et al. 2023 (the objective); Esser et al. 2024 (logit-normal times, Stable Diffusion 3);
-Peebles & Xie 2023 (DiT); Ho et al. 2020, Nichol & Dhariwal 2021 (DDPM, cosine schedule); Song et al. 2021 (DDIM sampling).
+Reflow (objective="reflow") straightens a finished flow, its teacher. Lines between noise and data drawn at random cross, and
+where they cross the mean velocity bends. The teacher's paths never cross, so a student that starts as the teacher and learns
+the straight lines between the *ends* of its paths meets few crossings: fewer steps do. The teacher's guidance is in the pairs.
+
+Sources: Lipman et al. 2023 and Liu et al. 2022 (the objective; the latter also reflow); Esser et al. 2024 (logit-normal times,
+Stable Diffusion 3); Peebles & Xie 2023 (DiT); Ho et al. 2020, Nichol & Dhariwal 2021 (DDPM, cosine schedule); Song et al. 2021
+(DDIM sampling).
 """
 
 from dataclasses import dataclass
@@ -39,7 +44,7 @@ from nanogen.blocks.unet import UNet
 @dataclass
 class Config:
     network: str = "unet"  # unet (on pixels) or dit (on latents)
-    objective: str = "flow"  # flow or ddpm
+    objective: str = "flow"  # flow, ddpm, or reflow (unet only, stands on a finished flow)
     times: str = "logit-normal"  # how training times are drawn: logit-normal or uniform
     widths: tuple[int, ...] = (64, 128, 128)  # unet: channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # unet: residual blocks per level
@@ -47,38 +52,49 @@ class Config:
     width: int = 256  # size of the condition vector; dit: features per token
     depth: int = 6  # dit: blocks
     heads: int = 4  # dit: attention heads
+    reflow_pairs: int = 4000  # reflow: pairs of noise and picture that the teacher draws
+    reflow_steps: int = 25  # reflow: Euler steps of the teacher from a noise to its picture
+    reflow_guidance: float = 3.0  # reflow: guidance of the teacher
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     size: int = 32  # side of the pictures in pixels
     classes: int = 10  # number of labels
 
 
-def stands_on(config: Config) -> dict | None:
-    """What the tokenizer underneath must be: fields of its Config; None: there is none."""
-    return {"bottleneck": "kl"} if config.network == "dit" else None
+def stands_on(config: Config) -> tuple[str, dict] | None:
+    """The chapter underneath and what it must be, as fields of its Config; None: there is none."""
+    if config.objective == "reflow":
+        return "flow", {"objective": "flow", "network": "unet"}
+    return ("tokenizer", {"bottleneck": "kl"}) if config.network == "dit" else None
 
 
 class Flow(nn.Module):
     """A network that predicts the velocity (or, for ddpm, the noise) at (x_t, t, label)."""
 
-    def __init__(self, config: Config, tokenizer: nn.Module | None = None):
+    def __init__(self, config: Config, base: nn.Module | None = None):
+        """base: the KL tokenizer of a dit, or the teacher of a reflow, another Flow with the same network."""
         super().__init__()
-        choices = {"network": ("unet", "dit"), "objective": ("flow", "ddpm"), "times": ("logit-normal", "uniform")}
+        choices = {"network": ("unet", "dit"), "objective": ("flow", "ddpm", "reflow"), "times": ("logit-normal", "uniform")}
         for name, allowed in choices.items():
             if getattr(config, name) not in allowed:
                 raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
         if config.width < 1:
             raise ValueError(f"width must be at least 1, got {config.width}")
+        if config.objective == "reflow" and (config.network != "unet" or base is None):
+            raise ValueError("reflow needs network unet and a finished flow to start from")
         self.config = config
-        self.tokenizer = [tokenizer]  # in a list: frozen, and no part of the saved weights
+        reflow = config.objective == "reflow"
+        self.teacher, self.tokenizer = ([base], []) if reflow else ([], [base])  # in lists: frozen, not in the saved weights
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
         if config.network == "unet":
             self.shape = (3, config.size, config.size)
             self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         else:
-            self.shape = (tokenizer.config.channels, tokenizer.grid, tokenizer.grid)
+            self.shape = (base.config.channels, base.grid, base.grid)
             self.network = LatentTransformer(self.shape, config.width, config.depth, config.heads)
         self.register_buffer("latent_mean", torch.zeros(self.shape[0], 1, 1))
         self.register_buffer("latent_std", torch.ones(self.shape[0], 1, 1))
+        if reflow:
+            self.load_state_dict(base.state_dict())
 
     def measure(self, latents: Tensor) -> None:
         """Remember mean and std of each channel of some latents (N, C, h, w): the network sees them as N(0, 1)."""
@@ -86,7 +102,16 @@ class Flow(nn.Module):
         self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True)[0])
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """dit: encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
+        """What `loss` wants, made once before training from a batch of pictures (B, 3, H, W) and labels (B,).
+
+        dit: the pictures' latents. reflow: noise, and where the teacher carries it under these labels, as float16; of the
+        pictures only the number counts.
+        """
+        if self.config.objective == "reflow":
+            noise = torch.randn(images.shape, device=images.device)
+            field = guide(self.teacher[0], labels, self.config.classes, self.config.reflow_guidance)
+            x1 = solve(field, noise, self.config.reflow_steps)
+            return {"noise": noise.half(), "x1": x1.half(), "labels": labels}
         return {"latents": self.tokenizer[0].encode(images), "labels": labels}
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
@@ -94,12 +119,17 @@ class Flow(nn.Module):
         return self.network(x_t, self.condition(labels, t))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """batch: "labels" (B,) and "images" (B, 3, H, W) in [-1, 1] or "latents" (B, C, h, w). Mean squared error."""
-        labels = drop_labels(batch["labels"], self.config.classes, self.config.label_dropout)
-        x1 = batch["images"] if "images" in batch else (batch["latents"] - self.latent_mean) / self.latent_std
-        objective = flow_loss if self.config.objective == "flow" else diffusion_loss
+        """batch: "labels" (B,) and "images" (B, 3, H, W) in [-1, 1], or "latents" (B, C, h, w), or for a reflow "x1" and
+        "noise" (B, 3, H, W). Mean squared error."""
+        noise, labels = None, batch["labels"]
+        if self.config.objective == "reflow":  # no hidden labels: guidance is in the pairs already
+            x1, noise = batch["x1"].float(), batch["noise"].float()
+        else:
+            labels = drop_labels(labels, self.config.classes, self.config.label_dropout)
+            x1 = batch["images"] if "images" in batch else (batch["latents"] - self.latent_mean) / self.latent_std
+        objective = diffusion_loss if self.config.objective == "ddpm" else flow_loss
         times = logit_normal_times if self.config.times == "logit-normal" else uniform_times
-        loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, times)
+        loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, times, noise)
         thirds = (t * 3).long().clamp(max=2)  # the loss near the noise, in the middle, near the data
         share = torch.bincount(thirds, minlength=3).clamp(min=1)
         by_time = torch.zeros(3, device=t.device).index_add_(0, thirds, each.detach()) / share
@@ -110,17 +140,24 @@ class Flow(nn.Module):
                frames: bool = False, method: str | None = None):
         """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
 
-        steps: of the solver, 25 unless told; method: euler, midpoint or heun (flow), ddim or ddpm (ddpm);
-        temperature scales the starting noise.
+        steps: of the solver, 25 unless told; method: euler, midpoint or heun (flow, reflow), ddim or ddpm (ddpm);
+        temperature scales the starting noise. A reflow has learned its teacher's guidance: 1, or reflow_guidance by name, draws
+        with that one; any other raises ValueError.
         """
+        if self.config.objective == "reflow":
+            trained = self.config.reflow_guidance
+            if guidance not in (1, trained):
+                raise ValueError(f"guidance {trained:g} is trained in and cannot become {guidance:g} afterwards: "
+                                 f"leave it out, or train with --reflow_guidance {guidance:g}")
+            guidance = 1.0
         generator = torch.Generator(labels.device).manual_seed(seed)
         noise = temperature * torch.randn(len(labels), *self.shape, generator=generator, device=labels.device)
         field = guide(self, labels, self.config.classes, guidance)
-        if self.config.objective == "flow":
-            states = solve(field, noise, steps or 25, method or "euler", frames=True)
-        else:
+        if self.config.objective == "ddpm":
             clip = 1.0 if self.config.network == "unet" else None
             states = solve_diffusion(field, noise, steps or 25, method or "ddim", clip=clip, frames=True, generator=generator)
+        else:
+            states = solve(field, noise, steps or 25, method or "euler", frames=True)
         images = self.to_pictures(states[-1])
         return (images, [self.to_pictures(x) for x in states]) if frames else images
 

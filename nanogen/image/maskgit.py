@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
+from nanogen.blocks.sampling import apply_guidance, draw, halton_ranks, reveal_schedule, with_and_without
 from nanogen.blocks.transformer import (
     ConditionEmbedding,
     Transformer,
@@ -51,9 +51,9 @@ class Config:
     classes: int = 10  # number of labels
 
 
-def stands_on(config: Config) -> dict:
-    """What the tokenizer underneath must be: fields of its Config."""
-    return {"bottleneck": config.bottleneck}
+def stands_on(config: Config) -> tuple[str, dict]:
+    """The chapter underneath, and what it must be: fields of its Config."""
+    return "tokenizer", {"bottleneck": config.bottleneck}
 
 
 class MaskGIT(nn.Module):
@@ -147,40 +147,6 @@ class MaskGIT(nn.Module):
         history = self.reveal(labels, steps or 12, guidance, temperature, seed, order)
         images = self.tokenizer[0].decode(history[-1])
         return (images, [show_partial(self.tokenizer[0], tokens) for tokens in history]) if frames else images
-
-
-def reveal_schedule(count: int, steps: int) -> list[int]:
-    """How many of `count` tokens are known after each step: few at first, and at least one more each time.
-
-    The masked share falls as cos(pi/2 r): 12 steps for 64 tokens reveal 1, 2, 4, ... and 8 at the end.
-    """
-    known, schedule = 0, []
-    for step in range(1, steps + 1):
-        wanted = count - math.floor(count * math.cos(math.pi / 2 * step / steps))
-        known = min(max(wanted, known + 1), count - (steps - step))  # leave one for each step to come
-        schedule.append(known)
-    return schedule
-
-
-def halton_ranks(grid: int) -> Tensor:
-    """The step of each cell in Halton order: (grid^2,) ranks. Points (i in base 2, i in base 3), mirrored at the decimal
-    point, fill the square evenly at every moment; a cell's rank is when its first point falls."""
-
-    def mirrored(i: int, base: int) -> float:
-        value, scale = 0.0, 1.0
-        while i:
-            scale /= base
-            i, digit = divmod(i, base)
-            value += digit * scale
-        return value
-
-    order, i = {}, 1  # a dict keeps the order in which cells are met
-    while len(order) < grid**2:
-        order.setdefault(int(mirrored(i, 2) * grid) * grid + int(mirrored(i, 3) * grid))
-        i += 1
-    ranks = torch.empty(grid**2, dtype=torch.long)
-    ranks[torch.tensor(list(order))] = torch.arange(grid**2)
-    return ranks
 
 
 Model = MaskGIT

@@ -45,9 +45,9 @@ class Config:
     classes: int = 10  # number of labels
 
 
-def stands_on(config: Config) -> dict:
-    """What the tokenizer underneath must be: fields of its Config."""
-    return {"bottleneck": config.bottleneck}
+def stands_on(config: Config) -> tuple[str, dict]:
+    """The chapter underneath, and what it must be: fields of its Config."""
+    return "tokenizer", {"bottleneck": config.bottleneck}
 
 
 class TokenAR(nn.Module):

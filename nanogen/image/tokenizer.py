@@ -3,11 +3,12 @@
     picture 32x32x3 --encoder--> features 8x8 --bottleneck--> tokens 8x8 --decoder--> picture
 
 A chain of 3,072 colour values is too long to be practical; a chain of 64 tokens is not. What the tokenizer loses no
-model on top of it can bring back, so its reconstructions are the ceiling of every chapter that stands on it. Four
+model on top of it can bring back, so its reconstructions are the ceiling of every chapter that stands on it. Five
 bottlenecks, one network around them:
 
     vq     the nearest of K learned vectors: a word of a vocabulary (van den Oord et al. 2017)
     fsq    every channel rounded to a few levels: a vocabulary without learning one (Mentzer et al. 2023)
+    multiscale   a thumbnail of 1x1 tokens and what each larger grid adds, up to 8x8 (Tian et al. 2024; var.py)
     kl     a vector blurred by noise whose size is learned, kept near N(0, 1): continuous tokens (Rombach et al. 2022)
     none   the vector as it is: what the network could do if the bottleneck cost nothing
 
@@ -25,18 +26,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from nanogen.blocks.multiscale import MultiScaleVQ
 from nanogen.blocks.quantize import FSQ, VectorQuantizer
 from nanogen.blocks.unet import Downsample, ResidualBlock, Upsample
 
-BOTTLENECKS = ("vq", "fsq", "kl", "none")
+BOTTLENECKS = ("vq", "fsq", "multiscale", "kl", "none")
 
 
 @dataclass
 class Config:
-    bottleneck: str = "vq"  # vq, fsq, kl or none
-    codes: int = 1024  # vq: size of the vocabulary
-    code_dim: int = 8  # vq: dimension in which codes are compared, on the unit sphere
+    bottleneck: str = "vq"  # vq, fsq, multiscale, kl or none
+    codes: int = 1024  # vq, multiscale: size of the vocabulary
+    code_dim: int = 8  # vq, multiscale: dimension in which codes are compared
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: values per channel; their product is the vocabulary
+    scales: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # multiscale: sides of the grids of tokens; those above the grid's are left out
+    without: str = "nothing"  # multiscale: what to do without, to see what it is good for: revival, phi, whitening, detaching
     channels: int = 8  # kl and none: numbers per token
     kl: float = 1e-4  # kl: weight of the pull towards N(0, 1), per latent number
     widths: tuple[int, ...] = (64, 128)  # channels at 1/2 and 1/4 of the size: the last decides the grid
@@ -57,7 +61,7 @@ class Tokenizer(nn.Module):
         self.config = config
         self.grid = config.size // 2 ** len(config.widths)
         width = config.widths[-1]
-        quantized = config.bottleneck in ("vq", "fsq")
+        quantized = config.bottleneck in ("vq", "fsq", "multiscale")
         self.encoder = Encoder(config.widths, config.blocks, width if quantized else config.channels * 2)
         self.decoder = Decoder(config.widths, config.blocks, width if quantized else config.channels)
         self.quantizer = None
@@ -65,6 +69,9 @@ class Tokenizer(nn.Module):
             self.quantizer = VectorQuantizer(width, config.codes, config.code_dim)
         elif config.bottleneck == "fsq":
             self.quantizer = FSQ(width, config.levels)
+        elif config.bottleneck == "multiscale":
+            scales = tuple(scale for scale in config.scales if scale < self.grid) + (self.grid,)
+            self.quantizer = MultiScaleVQ(width, config.codes, scales, config.code_dim, without=config.without)
         self.vocabulary = self.quantizer.num_codes if quantized else 0
         self.eye = []  # holds the classifier behind the perceptual loss; in a list: not a sub-module
 
@@ -111,6 +118,8 @@ class Tokenizer(nn.Module):
     @torch.no_grad()
     def codes(self) -> Tensor:
         """What the words of the vocabulary look like: the vector behind each, (K, code_dim)."""
+        if self.config.bottleneck == "multiscale":
+            return self.quantizer.book.vectors
         return self.quantizer.lookup(torch.arange(self.vocabulary, device=next(self.parameters()).device))
 
     def reconstruct(self, images: Tensor) -> Tensor:

@@ -68,8 +68,11 @@ def evaluate_tokenizer(run: Run, source: datasets.Images, expert: nn.Module, n: 
         "class_accuracy_originals": accuracy(apply(expert, test[:n]), source.test_labels[:n]), "pictures": len(decoded),
     }
     if run.model.vocabulary:
-        share, perplexity = usage(apply(run.model.encode, test), run.model.vocabulary)
+        indices, quantizer = apply(run.model.encode, test), run.model.quantizer
+        share, perplexity = usage(indices, run.model.vocabulary)
         numbers |= {"codebook_usage": share, "perplexity": perplexity, "vocabulary": run.model.vocabulary}
+        for side, part in zip(quantizer.scales, quantizer.split(indices), strict=True) if hasattr(quantizer, "scales") else ():
+            numbers[f"usage_{side}x{side}"] = usage(part, run.model.vocabulary)[0]
     pairs = np.concatenate([source.test_images[:10], to_uint8(decoded[:10]), source.test_images[10:20], to_uint8(decoded[10:20])])
     (run.folder / "samples").mkdir(exist_ok=True)
     grid(pairs, 10).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice

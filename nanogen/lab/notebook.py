@@ -55,8 +55,8 @@ def chapter_run(chapter: str, data: str = DATA, **overrides) -> Run:
         run = train_run(chapter, data, overrides, folder, resume=True)
     print(f"{folder.name}: {run.config['parameters'] / 1e6:.1f} M parameters, trained for {run.config['minutes']:.1f} minutes "
           f"on {run.config['machine']}")
-    if "tokenizer" in run.config:
-        base = folder / run.config["tokenizer"]["path"]
+    if "base" in run.config:
+        base = folder / run.config["base"]["path"]
         minutes = json.loads((base / "config.json").read_text())["minutes"]
         print(f"  It stands on {base.name}, which was trained for {minutes:.1f} minutes.")
     return run
@@ -81,7 +81,8 @@ def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
     module = CHAPTERS[chapter]
     fields = {name: value for name, value in overrides.items() if hasattr(module.Config, name)}
     if hasattr(module, "stands_on") and (needs := module.stands_on(module.Config(**fields))):
-        chapter_run("tokenizer", data, **({} if needs == {"bottleneck": "vq"} else needs))
+        usual = CHAPTERS[needs[0]].Config()
+        chapter_run(needs[0], data, **{name: value for name, value in needs[1].items() if value != getattr(usual, name)})
     tiny |= {name: value for name, value in narrow.items() if hasattr(module.Config, name)}
     overrides = {name: value for name, value in overrides.items() if name != "minutes"}
     return train_run(chapter, data, tiny | overrides, folder, resume=True, count=COUNT, quiet=True)

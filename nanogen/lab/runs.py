@@ -31,11 +31,12 @@ from torch import Tensor, nn
 
 from nanogen import UserError
 from nanogen.data import datasets
-from nanogen.image import flow, maskgit, pixel_ar, token_ar, tokenizer
+from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab import judges, machine
 from nanogen.lab.train import Training, check_options, draw_batch, join_processes, train
 
-CHAPTERS = {"pixel_ar": pixel_ar, "tokenizer": tokenizer, "token_ar": token_ar, "maskgit": maskgit, "flow": flow, "judge": judges}
+CHAPTERS = {"pixel_ar": pixel_ar, "tokenizer": tokenizer, "token_ar": token_ar, "maskgit": maskgit, "var": var, "mar": mar,
+            "flow": flow, "meanflow": meanflow, "judge": judges}
 
 
 @dataclass
@@ -114,7 +115,7 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if base:
-        record["tokenizer"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
+        record["base"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
     if rank == 0:
         make_folder(folder)
         write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
@@ -132,32 +133,32 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
 
 
 def run_name(chapter: str, data: str, overrides: dict) -> str:
-    """tokenizer-cifar10; a tokenizer with another bottleneck, or a latent flow, carries it in its name."""
-    variant = [str(overrides[key]) for key in ("bottleneck", "network") if key in overrides]
+    """maskgit-cifar10, tokenizer-kl-cifar10: what is chosen by a word, and not as usual, is part of the name."""
+    usual = dataclasses.asdict(CHAPTERS[chapter].Config()) if overrides else {}
+    variant = [value for name, value in overrides.items() if name in usual and isinstance(value, str) and value != usual[name]]
     return "-".join([chapter, *variant, Path(data).name])
 
 
 def base_run(chapter: str, config, data: str, folder: Path, count: int | None, quiet: bool) -> Run | None:
-    """The tokenizer run that this chapter stands on, beside it: loaded, or trained now and said so."""
+    """The run that this chapter stands on (a tokenizer, for reflow a flow), beside it: loaded, or trained now and said so."""
     stands_on = getattr(CHAPTERS[chapter], "stands_on", None)
     needs = stands_on(config) if stands_on else None
     if needs is None:
         return None
-    if (folder / "config.json").exists() and "tokenizer" in (saved := read_config(folder)):
-        return fitting(load_run(folder / saved["tokenizer"]["path"], saved["tokenizer"]["hash"]), needs, config)
-    overrides = {} if needs == {"bottleneck": "vq"} else needs
-    place = folder.parent / run_name("tokenizer", data, overrides)
+    if (folder / "config.json").exists() and "base" in (saved := read_config(folder)):
+        return fitting(load_run(folder / saved["base"]["path"], saved["base"]["hash"]), needs[1], config)
+    place = folder.parent / run_name(needs[0], data, needs[1])
     if not (place / "model.safetensors").exists():
-        say(quiet, f"{chapter} stands on a tokenizer; {place} is not there or not finished, so it is trained first.")
-    return fitting(train_run("tokenizer", data, overrides, place, resume=True, count=count, quiet=quiet), needs, config)
+        say(quiet, f"{chapter} stands on a {needs[0]}; {place} is not there or not finished, so it is trained first.")
+    return fitting(train_run(needs[0], data, needs[1], place, resume=True, count=count, quiet=quiet), needs[1], config)
 
 
 def fitting(base: Run, needs: dict, config) -> Run:
-    """The tokenizer run, if it is of the kind and for the picture size that the chapter needs."""
+    """The run underneath, if it is of the kind and for the picture size that the chapter needs."""
     for name, wanted in (needs | {"size": config.size}).items():
         if base.config["config"][name] != wanted:
             found = base.config["config"][name]
-            raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another tokenizer.")
+            raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
     return base
 
 
@@ -249,8 +250,8 @@ def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training
 
 def prepared(model: nn.Module, source: datasets.Images, config, flip: bool, base: Run | None) -> dict[str, Tensor]:
     """What `prepare` gives. If a tokenizer made it, it is kept in the tokenizer's folder: the next chapter starts at once."""
-    if base is None:
-        return prepare(model, source, config, flip)
+    if base is None or base.chapter != "tokenizer":
+        return prepare(model, source, config, flip, base)
     key = hashlib.sha256(content_hash(base.folder).encode() + bytes([flip]))
     for array in (source.train_images, source.train_labels):
         key.update(np.ascontiguousarray(array))
@@ -258,7 +259,7 @@ def prepared(model: nn.Module, source: datasets.Images, config, flip: bool, base
     try:
         tensors = load_file(path)
     except Exception:  # absent or damaged: encoding takes a minute, so no question is asked
-        tensors = prepare(model, source, config, flip)
+        tensors = prepare(model, source, config, flip, base)
         if join_processes()[0] == 0:
             with contextlib.suppress(UserError):  # not kept, then
                 write_atomically(path, lambda path: save_file(contiguous(tensors), path))
@@ -268,15 +269,16 @@ def prepared(model: nn.Module, source: datasets.Images, config, flip: bool, base
 
 
 @torch.no_grad()
-def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True) -> dict[str, Tensor]:
+def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True, base: Run | None = None) -> dict[str, Tensor]:
     """The training pictures as the model wants them: pixels, or tokens and latents encoded once, with `flip` mirrored too."""
     images = to_tensor(source.train_images, config.size)
     labels = torch.from_numpy(source.train_labels)
     if getattr(config, "second", 0):
         return {"images": images, "labels": labels, "second": torch.from_numpy(source.truth["train_background"])}
-    latent = getattr(config, "network", "") == "dit"
-    if not hasattr(model, "prepare") or (hasattr(model, "latent_std") and not latent):
+    if not hasattr(model, "prepare") or getattr(model, "tokenizer", []) == [None]:  # the chapter stands on nothing this time
         return {"images": images, "labels": labels}
+    if base and base.chapter == "flow":  # pairs are drawn, not encoded: as many as asked, and none mirrored
+        images, labels, flip = images[: config.reflow_pairs], labels[: config.reflow_pairs], False
     model.to(machine.device())
     parts: dict[str, list[Tensor]] = {}
     for mirrored in (False, True) if flip else (False,):
@@ -305,8 +307,8 @@ def load_run(folder: str | Path, expected_hash: str | None = None) -> Run:
     if expected_hash and content_hash(folder) != expected_hash:
         raise UserError(f"{folder} has changed since the run that stands on it was trained: train that run again.")
     base = None
-    if "tokenizer" in record:
-        base = load_run(folder / record["tokenizer"]["path"], record["tokenizer"]["hash"])
+    if "base" in record:
+        base = load_run(folder / record["base"]["path"], record["base"]["hash"])
     config = typed(CHAPTERS[record["chapter"]].Config, record["config"], record["chapter"])
     model = build(record["chapter"], config, base)
     try:
