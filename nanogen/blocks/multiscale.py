@@ -62,7 +62,8 @@ class MultiScaleVQ(Quantizer):
             residual = shrink(features - total.detach(), scale).flatten(2).transpose(1, 2)  # (B, scale^2, code_dim)
             if self.training and self.whiten:
                 self.measure(k, residual.detach(), self.decay)
-            residual = (residual - self.mean[k]) / self.std[k]
+            mean, std = self.mean[k].clone(), self.std[k].clone()  # those of the next scale move before the backward pass
+            residual = (residual - mean) / std
             index = self.book.nearest(residual.detach())
             codes = F.embedding(index, self.book.vectors)
             total = total + self.enlarge(codes if self.detached else straight_through(residual, codes), k)
@@ -76,7 +77,7 @@ class MultiScaleVQ(Quantizer):
 
     def enlarge(self, codes: Tensor, k: int) -> Tensor:
         """Codes of scale k (B, scale^2, code_dim) -> what they add to the sum (B, code_dim, h, h)."""
-        square = (codes * self.std[k] + self.mean[k]).transpose(1, 2).unflatten(2, (self.scales[k], self.scales[k]))
+        square = (codes * self.std[k].clone() + self.mean[k]).transpose(1, 2).unflatten(2, (self.scales[k], self.scales[k]))
         if self.scales[k] < self.scales[-1]:
             square = F.interpolate(square, self.scales[-1], mode="bicubic")
         return 0.5 * self.phi[k](square) + 0.5 * square if self.phi else square

@@ -24,7 +24,7 @@ from PIL.Image import Image as Picture
 
 from nanogen.data.datasets import data_folder
 from nanogen.lab.pictures import grid, loss_plot, png, save_gif
-from nanogen.lab.runs import CHAPTERS, Run, find_recipe, load_run, train_run
+from nanogen.lab.runs import CHAPTERS, Run, find_recipe, load_run, run_name, train_run
 
 SMOKE = os.environ.get("NANOGEN_SMOKE") == "1"
 RUNS = Path(os.environ.get("NANOGEN_RUNS") or "../runs")
@@ -81,8 +81,9 @@ def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
     module = CHAPTERS[chapter]
     fields = {name: value for name, value in overrides.items() if hasattr(module.Config, name)}
     if hasattr(module, "stands_on") and (needs := module.stands_on(module.Config(**fields))):
-        usual = CHAPTERS[needs[0]].Config()
-        chapter_run(needs[0], data, **{name: value for name, value in needs[1].items() if value != getattr(usual, name)})
+        place = RUNS / run_name(needs[0], data, needs[1])
+        if not (place / "model.safetensors").exists():
+            _tiny_run(needs[0], data, needs[1], place)
     tiny |= {name: value for name, value in narrow.items() if hasattr(module.Config, name)}
     overrides = {name: value for name, value in overrides.items() if name != "minutes"}
     return train_run(chapter, data, tiny | overrides, folder, resume=True, count=COUNT, quiet=True)
