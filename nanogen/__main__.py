@@ -1,10 +1,11 @@
 """The command line.
 
-    python -m nanogen                                  the tour: every chapter, tiny, on drawn pictures -> runs/tour/index.html
+    python -m nanogen                                  the tour: five chapters, tiny, on drawn pictures -> runs/tour/index.html
     python -m nanogen list                             chapters, data sets, recipes and what to expect
     python -m nanogen train maskgit --data cifar10     train a chapter, and first what it stands on
     python -m nanogen sample runs/maskgit-cifar10 --n 64 --guidance 3 --out pictures
     python -m nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
+    python -m nanogen compare --minutes 5              all image paradigms, like for like -> runs/compare-cifar10/index.html
     python -m nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, how each picture comes to be
     python -m nanogen bench                            speed, against the machine's own limits
 """
@@ -28,7 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 1 after a sentence about what the user can mend."""
     parser = Parser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("tour", help="every chapter, tiny (also without a command)").add_argument("--out", default="runs/tour")
+    commands.add_parser("tour", help="five chapters, tiny (also without a command)").add_argument("--out", default="runs/tour")
     add = commands.add_parser("list", help="chapters, data sets, recipes")
     add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
     add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")
@@ -51,6 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--n", type=int, default=1000, help="how many samples or test pictures (1000)")
     add.add_argument("--guidance", type=float)
     add.add_argument("--steps", type=int)
+    add = commands.add_parser("compare", help="all image paradigms, like for like: a table and a page")
+    add.add_argument("--data", default="cifar10", help="cifar10, scenes or a folder of your own pictures")
+    add.add_argument("--minutes", type=float, default=5.0, help="of training for each method, and for each tokenizer (5)")
+    add.add_argument("--n", type=int, default=500, help="samples of each method (500)")
+    add.add_argument("--seeds", type=int, default=1, help="how often to draw them: the spread of FD-nano (1)")
+    add.add_argument("--out", help="folder of the runs and the page (runs/compare-DATA); the same again goes on with it")
     add = commands.add_parser("report", help="one HTML page over runs")
     add.add_argument("runs", nargs="+")
     add.add_argument("--out", default="report.html")
@@ -117,6 +124,13 @@ def evaluate_command(options, _) -> None:
         print(f"{name:28} {show(value)}")
 
 
+def compare_command(options, _) -> None:
+    from nanogen.lab.compare import compare
+
+    out = Path(options.out or f"runs/compare-{Path(options.data).name}")
+    compare(options.data, options.minutes, out, options.n, options.seeds)
+
+
 def report_command(options, _) -> None:
     from nanogen.lab.report import write
 
@@ -142,7 +156,7 @@ def tour_command(options, _) -> None:
 
 
 COMMANDS = {"tour": tour_command, "list": list_command, "train": train_command, "sample": sample_command,
-            "evaluate": evaluate_command, "report": report_command, "bench": bench_command}
+            "evaluate": evaluate_command, "compare": compare_command, "report": report_command, "bench": bench_command}
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -273,4 +273,3 @@ def test_parameters_are_those_that_train():
     assert metrics.parameter_count(model) == 3 * 4 + 4 + 4 * 2 + 2
     model[0].requires_grad_(False)
     assert metrics.parameter_count(model) == 4 * 2 + 2
-    assert metrics.training_flops(1_000_000, 2_000) == 1.2e10

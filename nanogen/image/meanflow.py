@@ -13,7 +13,7 @@ as much as it saves. But let t move along the path while r stays (time runs from
 The right side, computed with the network as it is and held fixed, is the target of the left. For r = t it is flow
 matching, and v may again be data - noise of a single line, since the target is linear in v: the mean is learned.
 du/dt is a Jacobian-vector product: one pass in forward mode that carries every number's slope in the direction (v, 1)
-along. Only the share `jumps` of a batch has r > t, and only that share pays for it: on a CPU it costs four passes.
+along. Only the share `jumps` of a batch has r > t, and only that share pays for it: on a CPU it costs four to six passes.
 
     python -m nanogen train meanflow --data cifar10 --minutes 12
 

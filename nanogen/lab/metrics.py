@@ -269,9 +269,3 @@ def _residuals(images: np.ndarray) -> np.ndarray:
 def parameter_count(model: nn.Module) -> int:
     """All numbers that training may change."""
     return sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
-
-
-def training_flops(parameters: int, tokens: int) -> float:
-    """About 6 operations a parameter and token, 2 forward and 4 backward (Kaplan et al. 2020), for a
-    Transformer on short chains. A convolution uses its weights at every place: count places as tokens."""
-    return 6.0 * parameters * tokens

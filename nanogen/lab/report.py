@@ -203,7 +203,7 @@ def _samples(run: Run) -> str:
     labels = (_arrays(run, "labels") or [[]])[0]
     for index, path in enumerate(sounds[:MOST_SOUNDS]):
         said = f"{path.stem}: {_class_name(run, labels[index])}" if len(labels) == len(sounds) else path.stem
-        source = _data("audio/wav", path.read_bytes())
+        source = data_uri("audio/wav", path.read_bytes())
         parts.append(f'<figure class="sound"><figcaption>{_text(said)}</figcaption>')
         parts.append(f'<audio controls preload="none" src="{source}"></audio></figure>')
     if len(sounds) > MOST_SOUNDS:
@@ -232,14 +232,14 @@ def _class_name(run: Run, label: int) -> str:
 def _figure(content: bytes, kind: str, caption: str, size: tuple[int, int] | None = None, rows=()) -> str:
     """size: (width, height) of a picture that may be enlarged by whole factors; rows: names beside it."""
     enlarged = f' class="pixels" style="width:{max(1, 480 // size[0]) * size[0]}px"' if size else ""
-    image = f'<img alt="{_text(caption)}" src="{_data(kind, content)}"{enlarged}>'
+    image = f'<img alt="{_text(caption)}" src="{data_uri(kind, content)}"{enlarged}>'
     names = "".join(f"<span>{_text(name)}</span>" for name in rows)
     names = f'<div class="names">{names}</div>' if rows else ""
     text = f"<figcaption>{_text(caption)}</figcaption>"
     return f'<figure><div class="frame">{names}{image}</div>{text}</figure>'
 
 
-def _data(kind: str, content: bytes) -> str:
+def data_uri(kind: str, content: bytes) -> str:
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
