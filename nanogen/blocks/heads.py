@@ -12,7 +12,7 @@ decides what happens to them:
 Only the head iterates. It is a few percent of the model, so many refinement steps stay cheap. Time runs from t=0 (noise)
 to t=1 (data). Tokens are to have mean 0 and standard deviation 1, as the noise has.
 
-    python -m nanogen.blocks.heads           # the MSE trap on a target with two modes, ten seconds on a CPU
+    python -m nanogen.blocks.heads           # the MSE trap on a target with two modes, a quarter of a minute on a CPU
 
 Sources: Li et al. 2024, "Autoregressive Image Generation without Vector Quantization" (a diffusion head; its MLP with
 AdaLN; several noises for each z); Lipman et al. 2023 and Ho et al. 2020 (the objectives: blocks/flow_matching.py).

@@ -163,7 +163,7 @@ def load_voices(folders: list[Path], count: int | None = None) -> Sounds:
     """8,000 spoken digits by 200 voices to learn from, 800 by 40 others for the test."""
     if count is not None:
         return unpack_voices(record_voices(count, max(1, count // 10)))
-    announce = "Speaking 8,800 digits: a minute or two, once."
+    announce = "Speaking 8,800 digits: about half a minute, once."
     return unpack_voices(made_once("voices", (voices, phonemes), lambda: record_voices(8_000, 800), folders, announce))
 
 

@@ -240,6 +240,7 @@ def _figure(content: bytes, kind: str, caption: str, size: tuple[int, int] | Non
 
 
 def data_uri(kind: str, content: bytes) -> str:
+    """A file as an address, to stand in the page itself. kind: its media type, such as image/png."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
 
 
