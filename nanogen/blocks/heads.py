@@ -56,18 +56,21 @@ class Head(nn.Module):
 
     loss(x, z)     x: (N, token_dim) tokens, z: (N, cond_dim) -> scalar
     sample(z, ...) z: (N, cond_dim) -> tokens (N, token_dim)
-        steps: of the refinement, at least 1; temperature: below 1 less variety, 0 none. Heads that have no use for one of
-        them ignore it. generator: where chance comes from.
+        steps: passes of the MLP for each token, at least 1, `default_steps` unless told; temperature: below 1 less variety,
+        0 none. Heads that have no use for one of them ignore it. generator: where chance comes from.
         z_uncond: (N, cond_dim), what the Transformer says without the class; guidance: a number, or one for each row (N,).
         Each head guides what it predicts: uncond + guidance (cond - uncond). With the number 1 z_uncond is not looked at.
     """
+
+    default_steps = 1
 
     def loss(self, x: Tensor, z: Tensor) -> Tensor:
         raise NotImplementedError
 
     @torch.no_grad()
-    def sample(self, z: Tensor, steps: int = 16, temperature: float = 1.0, generator: torch.Generator | None = None,
+    def sample(self, z: Tensor, steps: int | None = None, temperature: float = 1.0, generator: torch.Generator | None = None,
                z_uncond: Tensor | None = None, guidance: float | Tensor = 1.0) -> Tensor:
+        steps = self.default_steps if steps is None else steps
         if steps < 1:
             raise ValueError(f"steps of the head must be at least 1, got {steps}")
         if isinstance(guidance, Tensor):
@@ -154,9 +157,11 @@ class FlowHead(IteratedHead):
     """Predicts the velocity. To answer 0 costs 2: the variance of the token and that of the noise."""
 
     objective = staticmethod(flow_loss)
+    default_steps = 8
 
     def refine(self, network: Network, noise: Tensor, steps: int) -> Tensor:
-        return solve(network, noise, steps)
+        """Midpoint, two passes a step. On CIFAR-10 its 4 passes drew as well as 16 of Euler, and twice as well as 4 of those."""
+        return solve(network, noise, steps // 2, "midpoint") if steps > 1 else solve(network, noise, 1)
 
 
 class DiffusionHead(IteratedHead):
@@ -169,6 +174,7 @@ class DiffusionHead(IteratedHead):
     """
 
     objective = staticmethod(diffusion_loss)
+    default_steps = 16
 
     def predict(self, z: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
         a = alpha_bar(t)[:, None]

@@ -53,7 +53,7 @@ class Config:
     depth: int = 6  # dit: blocks
     heads: int = 4  # dit: attention heads
     reflow_pairs: int = 4000  # reflow: pairs of noise and picture that the teacher draws
-    reflow_steps: int = 25  # reflow: Euler steps of the teacher from a noise to its picture
+    reflow_steps: int = 8  # reflow: midpoint steps of the teacher from a noise to its picture
     reflow_guidance: float = 3.0  # reflow: guidance of the teacher
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     size: int = 32  # side of the pictures in pixels
@@ -110,7 +110,7 @@ class Flow(nn.Module):
         if self.config.objective == "reflow":
             noise = torch.randn(images.shape, device=images.device)
             field = guide(self.teacher[0], labels, self.config.classes, self.config.reflow_guidance)
-            x1 = solve(field, noise, self.config.reflow_steps)
+            x1 = solve(field, noise, self.config.reflow_steps, "midpoint")
             return {"noise": noise.half(), "x1": x1.half(), "labels": labels}
         return {"latents": self.tokenizer[0].encode(images), "labels": labels}
 
@@ -140,7 +140,8 @@ class Flow(nn.Module):
                frames: bool = False, method: str | None = None):
         """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
 
-        steps: of the solver, 25 unless told; method: euler, midpoint or heun (flow, reflow), ddim or ddpm (ddpm);
+        steps, method: of the solver. Flow and reflow: 8 steps of midpoint unless told, two evaluations each; or euler, heun.
+        ddpm: 25 steps of ddim unless told, one evaluation each; or ddpm.
         temperature scales the starting noise. A reflow has learned its teacher's guidance: 1, or reflow_guidance by name, draws
         with that one; any other raises ValueError.
         """
@@ -157,7 +158,7 @@ class Flow(nn.Module):
             clip = 1.0 if self.config.network == "unet" else None
             states = solve_diffusion(field, noise, steps or 25, method or "ddim", clip=clip, frames=True, generator=generator)
         else:
-            states = solve(field, noise, steps or 25, method or "euler", frames=True)
+            states = solve(field, noise, steps or 8, method or "midpoint", frames=True)
         images = self.to_pictures(states[-1])
         return (images, [self.to_pictures(x) for x in states]) if frames else images
 

@@ -213,7 +213,7 @@ class MAR(nn.Module):
             growing = 1 + (guidance - 1) * known / count  # at first, a picture's composition is left to chance
             if guidance != 1:
                 z, z_uncond = z.chunk(2)
-            drawn = self.head.sample(z, head_steps or 16, temperature, generator, z_uncond, growing)
+            drawn = self.head.sample(z, head_steps, temperature, generator, z_uncond, growing)
             if self.codes is not None:
                 drawn = self.codes[self.nearest_code(drawn)]  # so that the network sees nothing but codes, as in training
             drawn = drawn.view(batch, known - before, self.token_dim).to(tokens.dtype)
@@ -228,8 +228,8 @@ class MAR(nn.Module):
         """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
 
         steps: passes of the Transformer, 12 unless told (in a chain, one for each token); head_steps: passes of the head
-        for each token, 16 unless told; guidance: reached with the last token; temperature: of the head; order: random or
-        halton; cached: in a chain, keep keys and values of the past. Raises ValueError for what cannot be.
+        for each token (flow: 8 unless told, diffusion: 16); guidance: reached with the last token; temperature: of the head;
+        order: random or halton; cached: in a chain, keep keys and values of the past. Raises ValueError for what cannot be.
         """
         history = self.reveal(labels, steps, guidance, temperature, seed, order, head_steps, cached)
         images = self.to_pictures(history[-1])

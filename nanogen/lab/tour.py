@@ -23,7 +23,7 @@ STORY = {
     "tokenizer": "Units that mean more: 64 tokens a picture. Rows of originals and of their reconstructions.",
     "token_ar": "The same chain, over tokens: row by row, 64 passes.",
     "maskgit": "Breaking the order: all tokens at once, the surest first, 12 passes.",
-    "flow": "No units at all: noise carried to a picture along nearly straight lines, 25 passes.",
+    "flow": "No units at all: noise carried to a picture along nearly straight lines, 16 passes.",
 }
 
 
