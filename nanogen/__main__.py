@@ -4,6 +4,9 @@
     python -m nanogen list                             chapters, data sets, recipes and what to expect
     python -m nanogen train maskgit --data cifar10     train a chapter, and first what it stands on
     python -m nanogen sample runs/maskgit-cifar10 --n 64 --guidance 3 --out pictures
+    python -m nanogen sample runs/audio_lm-fsdd --label 3 --speaker jackson --out sounds
+    python -m nanogen encode runs/codec-fsdd speech.flac --out speech.npz --kbps 2
+    python -m nanogen decode runs/codec-fsdd speech.npz --out speech.wav
     python -m nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
     python -m nanogen compare --minutes 5              all image paradigms, like for like -> runs/compare-cifar10/index.html
     python -m nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, how each picture comes to be
@@ -34,19 +37,29 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
     add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")
     add.add_argument("chapter")
-    add.add_argument("--data", default="cifar10", help="cifar10, scenes or a folder of your own pictures")
+    add.add_argument("--data", help="cifar10, scenes, fsdd, voices or a folder of your own pictures or sounds (cifar10, fsdd)")
     add.add_argument("--recipe", default="first look", help="which recipe: 'first look' or 'full'")
     add.add_argument("--out", help="the run's folder (runs/CHAPTER-DATA)")
     add.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    add = commands.add_parser("sample", help="draw pictures from a run")
+    add = commands.add_parser("sample", help="draw pictures or sounds from a run")
     add.add_argument("run")
     add.add_argument("--n", type=int, default=64, help="how many (64)")
     add.add_argument("--label", nargs="+", help="class names or numbers (all)")
+    add.add_argument("--speaker", nargs="+", help="of sounds: names or numbers of the voices (all, in turn)")
     add.add_argument("--steps", type=int, help="steps of the sampler")
     add.add_argument("--guidance", type=float, help="1: none; 2 to 4: clearer, less varied")
     add.add_argument("--temperature", type=float, help="below 1: safer, less varied")
     add.add_argument("--seed", type=int, default=0)
-    add.add_argument("--out", required=True, help="folder for samples.npz, grid.png, process.gif")
+    add.add_argument("--out", required=True, help="folder for samples.npz, grid.png, process.gif, or .wav and spectrograms.png")
+    add = commands.add_parser("encode", help="a picture or sound of your own -> tokens, by a tokenizer or a codec")
+    add.add_argument("run")
+    add.add_argument("file", help="PNG, JPEG, WebP or GIF; WAV, FLAC or OGG")
+    add.add_argument("--out", required=True, help="the file of tokens, .npz")
+    add.add_argument("--kbps", type=float, help="codec: kilobits a second (all that it has)")
+    add = commands.add_parser("decode", help="tokens -> the picture or sound again")
+    add.add_argument("run")
+    add.add_argument("file", help="what encode wrote")
+    add.add_argument("--out", required=True, help="a .png, or a .wav, .flac or .ogg")
     add = commands.add_parser("evaluate", help="metrics on held-out data")
     add.add_argument("run")
     add.add_argument("--n", type=int, default=1000, help="how many samples or test pictures (1000)")
@@ -86,10 +99,10 @@ def train_command(options, rest: list[str]) -> None:
 
 def parse_fields(chapter: str, rest: list[str]) -> dict:
     """--FIELD VALUE ... -> {field: value} with the types of the chapter's Config and of Training."""
-    from nanogen.lab.runs import CHAPTERS, find_recipe
+    from nanogen.lab.runs import CHAPTERS, find_recipe, usual_data
     from nanogen.lab.train import Training
 
-    find_recipe(chapter, "cifar10")  # refuses an unknown chapter
+    find_recipe(chapter, usual_data(chapter))  # refuses an unknown chapter
     parser = Parser(f"nanogen train {chapter}", argument_default=argparse.SUPPRESS)
     for field in dataclasses.fields(CHAPTERS[chapter].Config) + dataclasses.fields(Training):
         kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
@@ -108,20 +121,42 @@ def numbers(text: str) -> tuple[int, ...]:
 
 
 def sample_command(options, _) -> None:
-    from nanogen.lab.runs import load_run
+    from nanogen.lab.runs import AUDIO, load_run
     from nanogen.lab.sampling import sample
 
-    sample(load_run(options.run), options.n, options.label, Path(options.out), options.seed, steps=options.steps,
+    run = load_run(options.run)
+    sample(run, options.n, options.label, Path(options.out), options.seed, speakers=options.speaker, steps=options.steps,
            guidance=options.guidance, temperature=options.temperature)
-    print(f"{options.n} pictures: {Path(options.out) / 'grid.png'}, how they came to be: {Path(options.out) / 'process.gif'}")
+    if run.chapter in AUDIO:
+        print(f"{options.n} sounds: {Path(options.out)}, what they look like: {Path(options.out) / 'spectrograms.png'}")
+    else:
+        print(f"{options.n} pictures: {Path(options.out) / 'grid.png'}, how they came to be: {Path(options.out) / 'process.gif'}")
+
+
+def encode_command(options, _) -> None:
+    from nanogen.lab.coding import encode
+    from nanogen.lab.runs import load_run
+
+    content = encode(load_run(options.run), Path(options.file), Path(options.out), options.kbps)
+    rate = f", {content['kbps']:g} kbit/s for {content['length'] / 8000:.2f} seconds" if "kbps" in content else ""
+    print(f"{options.out}: tokens of shape {content['tokens'].shape}{rate}")
+
+
+def decode_command(options, _) -> None:
+    from nanogen.lab.coding import decode
+    from nanogen.lab.runs import load_run
+
+    decode(load_run(options.run), Path(options.file), Path(options.out))
+    print(options.out)
 
 
 def evaluate_command(options, _) -> None:
     from nanogen.lab.evaluate import evaluate, show
+    from nanogen.lab.report import flat
     from nanogen.lab.runs import load_run
 
-    for name, value in evaluate(load_run(options.run), options.n, guidance=options.guidance, steps=options.steps).items():
-        print(f"{name:28} {show(value)}")
+    for name, value in flat(evaluate(load_run(options.run), options.n, guidance=options.guidance, steps=options.steps)).items():
+        print(f"{name:40} {show(value)}")
 
 
 def compare_command(options, _) -> None:
@@ -156,6 +191,7 @@ def tour_command(options, _) -> None:
 
 
 COMMANDS = {"tour": tour_command, "list": list_command, "train": train_command, "sample": sample_command,
+            "encode": encode_command, "decode": decode_command,
             "evaluate": evaluate_command, "compare": compare_command, "report": report_command, "bench": bench_command}
 
 if __name__ == "__main__":

@@ -86,6 +86,10 @@ def test_list_names_every_chapter(capsys):
     (["evaluate", "nowhere"], "nowhere is not a run"),
     (["evaluate", "nowhere", "--colour", "red"], "--colour"),
     (["report", "nowhere"], "nowhere is not a run"),
+    (["encode", "nowhere", "a.wav", "--out", "t.npz"], "nowhere is not a run"),
+    (["encode", "nowhere", "a.wav"], "--out"),
+    (["encode", "nowhere", "a.wav", "--out", "t.npz", "--kbps", "many"], "--kbps"),
+    (["decode", "nowhere", "t.npz", "--out", "a.wav"], "nowhere is not a run"),
 ])
 def test_a_mistake_is_one_sentence(arguments, words, mistake, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
@@ -97,6 +101,9 @@ def test_mistakes_about_a_run_that_is_there(run_folder, mistake, own_pictures, t
     assert "--resume" in mistake("train", "flow", "--data", own_pictures, "--out", run_folder)
     assert "no class 'pear'" in mistake("sample", run_folder, "--label", "pear", "--out", tmp_path / "s")
     assert "at least 1" in mistake("sample", run_folder, "--n", "0", "--out", tmp_path / "s")
+    assert "no speakers" in mistake("sample", run_folder, "--speaker", "jackson", "--out", tmp_path / "s")
+    assert "only tokenizers and codecs" in mistake("encode", run_folder, own_pictures / "apple/0.png", "--out", tmp_path / "t.npz")
+    assert "only tokenizers and codecs" in mistake("decode", run_folder, tmp_path / "t.npz", "--out", tmp_path / "a.png")
     assert "steps" in mistake("sample", run_folder, "--steps", "-1", "--out", tmp_path / "s")
 
 

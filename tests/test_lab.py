@@ -24,6 +24,7 @@ from nanogen import UserError
 from nanogen.data import datasets
 from nanogen.data.datasets import load
 from nanogen.lab import machine, runs
+from nanogen.lab import prepare as preparation
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
@@ -493,9 +494,9 @@ def test_networks_that_cannot_be_are_a_sentence(chapter, overrides, own_pictures
 def test_drawn_scenes_may_be_kept_in_the_repository_where_the_data_folder_is_read_only(monkeypatch):
     asked = []
     monkeypatch.setattr(datasets, "load_scenes", lambda folders, count: asked.append(folders) or load_nothing())
-    runs.remembered.cache_clear()
+    preparation.remembered.cache_clear()
     runs.load_data("scenes")
-    runs.remembered.cache_clear()
+    preparation.remembered.cache_clear()
     assert asked == [[datasets.data_folder(), datasets.REPOSITORY_DATA]]
 
 
@@ -551,10 +552,10 @@ def test_what_a_tokenizer_has_encoded_is_found_again_unless_pictures_or_tokenize
     folder = copy_of(run, tmp_path).parent
     base, source = load_run(folder / "tokenizer-fruit"), load(run.data)
     encoded = []
-    monkeypatch.setattr(runs, "prepare", lambda *arguments: encoded.append(1) or prepare(*arguments))
+    monkeypatch.setattr(preparation, "prepare", lambda *arguments: encoded.append(1) or prepare(*arguments))
 
     def prepared():
-        return runs.prepared(run.model, source, run.model.config, True, base)
+        return preparation.prepared(run.model, source, run.model.config, True, base)
 
     first, again = prepared(), prepared()
     assert len(encoded) <= 1 and torch.equal(first["tokens"], again["tokens"]) and torch.equal(first["labels"], again["labels"])

@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import re
+import shutil
 import wave
 
 import numpy as np
@@ -107,6 +108,18 @@ def test_sounds_are_named_by_their_class(tmp_path):
     np.savez(run / "samples/samples.npz", waveforms=np.zeros((2, 800), np.float32), labels=np.array([1, 2]))
     page = page_of(run)
     assert "000: melon &amp; co<" in page and "001: no label<" in page and page.count("<audio controls") == 2
+
+
+def test_sounds_are_named_by_their_speaker_and_numbers_by_the_place_in_samples(tmp_path):
+    run = make_run(tmp_path / "run", CONFIG | {"speaker_names": ["ann", "bob"], "base": {"path": "../codec-fsdd", "hash": "0"}},
+                   METRICS | {"speaker_accuracy": 0.8125, "at 2 kbit/s": {"lpc": {"stoi": 0.7654}}})
+    (run / "samples/001.wav").rename(run / "samples/003.wav")
+    shutil.copy(run / "samples/003.wav", run / "samples/003_codec_2_kbps.wav")
+    labels, speakers = np.array([1, 0, 0, 0]), np.array([0, 0, 0, 1])
+    np.savez(run / "samples/samples.npz", waveforms=np.zeros((4, 800), np.float32), labels=labels, speakers=speakers)
+    page = page_of(run)
+    for text in ("000: melon &amp; co, ann<", "003: lemon, bob<", "003 codec 2 kbps<", "0.8125", "at 2 kbit/s / lpc / stoi", "../codec-fsdd"):
+        assert text in page
 
 
 def test_a_run_with_nothing_but_its_config_has_a_page_that_says_so(tmp_path):

@@ -18,8 +18,9 @@ from nanogen import UserError
 from nanogen.data.datasets import Images
 from nanogen.lab import machine, report, runs
 from nanogen.lab.evaluate import judge_samples, table
+from nanogen.lab.files import write_atomically
 from nanogen.lab.pictures import grid, png
-from nanogen.lab.runs import Run, read_config, run_name, write_atomically
+from nanogen.lab.runs import Run, read_config, run_name
 from nanogen.lab.sampling import sample
 from nanogen.lab.train import Training, draw_batch
 

@@ -4,6 +4,7 @@
                  precision and recall, cost;  pixel_ar also bits per dimension beside PNG and its kin
     tokenizers   reconstructions of the test pictures: PSNR, SSIM, FD-nano, class accuracy, codebook usage and perplexity
     judges       test accuracy
+    on sounds    evaluate_sound.py has the numbers, this file the way in
 
     python -m nanogen evaluate runs/maskgit-cifar10      -> metrics.json and a table
 """
@@ -15,9 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from nanogen import UserError
 from nanogen.blocks.quantize import usage
-from nanogen.data import datasets
-from nanogen.lab import machine
+from nanogen.data.datasets import Images, Sounds
+from nanogen.lab import evaluate_sound, machine
+from nanogen.lab.files import write_atomically
+from nanogen.lab.judges import accuracy, apply, unit
 from nanogen.lab.metrics import (
     bits_per_dim,
     frechet_distance,
@@ -28,7 +32,8 @@ from nanogen.lab.metrics import (
     ssim,
 )
 from nanogen.lab.pictures import grid, to_uint8
-from nanogen.lab.runs import Run, judge, load_data, to_tensor, write_atomically
+from nanogen.lab.prepare import load_data, to_tensor
+from nanogen.lab.runs import Run, check_kind, judge
 from nanogen.lab.sampling import sample
 
 
@@ -38,26 +43,39 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
     count: as in `load`, for runs that were trained on a part of the data.
     """
     source = load_data(run.data, count)
+    check_kind(run.chapter, run.data, source)
+    if not len(source.test_labels):
+        raise UserError(f"{run.data} has nothing to test with: put at least two files into each class.")
     if run.chapter == "judge":
-        numbers = evaluate_judge(run, source)
+        numbers = (evaluate_sound.evaluate_judge if isinstance(source, Sounds) else evaluate_judge)(run, source)
     else:
         expert = judge(run.data, run.folder.parent, count, quiet)
-        if run.chapter == "tokenizer":
+        if run.chapter == "codec":
+            numbers = evaluate_sound.evaluate_codec(run, source, expert, n)
+        elif isinstance(source, Sounds):
+            numbers = evaluate_sound.evaluate_generator(run, source, expert, n, seed, settings)
+        elif run.chapter == "tokenizer":
             numbers = evaluate_tokenizer(run, source, expert, n)
         else:
             numbers = evaluate_generator(run, source, expert, n, seed, settings)
-    numbers = {name: round(value, 5) if isinstance(value, float) else value for name, value in numbers.items()}
+    numbers = rounded(numbers)
     numbers |= {"parameters": run.config["parameters"], "minutes": run.config["minutes"], "machine": machine.describe()}
     write_atomically(run.folder / "metrics.json", lambda path: path.write_text(json.dumps(numbers, indent=1)))
     return numbers
 
 
-def evaluate_judge(run: Run, source: datasets.Images) -> dict:
+def rounded(numbers: dict) -> dict:
+    """Five digits behind the point are enough, also in dicts within."""
+    short = {float: lambda value: round(value, 5), dict: rounded}
+    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items()}
+
+
+def evaluate_judge(run: Run, source: Images) -> dict:
     logits = apply(run.model, to_tensor(source.test_images, run.model.config.size))
     return {"test_accuracy": accuracy(logits, source.test_labels)}
 
 
-def evaluate_tokenizer(run: Run, source: datasets.Images, expert: nn.Module, n: int) -> dict:
+def evaluate_tokenizer(run: Run, source: Images, expert: nn.Module, n: int) -> dict:
     """PSNR and SSIM over n test pictures; usage and perplexity over all of them, since few tokens cannot use many codes."""
     test = to_tensor(source.test_images, run.model.config.size)
     decoded = apply(run.model.reconstruct, test[:n])
@@ -79,7 +97,7 @@ def evaluate_tokenizer(run: Run, source: datasets.Images, expert: nn.Module, n: 
     return numbers
 
 
-def evaluate_generator(run: Run, source: datasets.Images, expert: nn.Module, n: int, seed: int, settings: dict) -> dict:
+def evaluate_generator(run: Run, source: Images, expert: nn.Module, n: int, seed: int, settings: dict) -> dict:
     """FD-nano of n samples against the test pictures; its floor is n training pictures, its ceiling n pictures of noise."""
     size = run.model.config.size
     numbers = {}
@@ -98,7 +116,7 @@ def evaluate_generator(run: Run, source: datasets.Images, expert: nn.Module, n: 
     return numbers | run.config["sampling"] | {name: value for name, value in settings.items() if value is not None}
 
 
-def judge_samples(images: Tensor, labels: np.ndarray, source: datasets.Images, expert: nn.Module) -> dict:
+def judge_samples(images: Tensor, labels: np.ndarray, source: Images, expert: nn.Module) -> dict:
     """uint8 pictures (N, 3, H, W) with the labels that were asked for -> all that the judge can say of them."""
     n = len(images)
     features, logits = apply(expert.features, images), apply(expert, images)
@@ -116,7 +134,7 @@ def judge_samples(images: Tensor, labels: np.ndarray, source: datasets.Images, e
 
 
 @torch.no_grad()
-def held_out_bits(run: Run, source: datasets.Images, n: int) -> dict:
+def held_out_bits(run: Run, source: Images, n: int) -> dict:
     """Bits per dimension of n test pictures by the model, and by compressors that learn nothing."""
     test = to_tensor(source.test_images[:n], run.model.config.size)
     labels = torch.from_numpy(source.test_labels[:n])
@@ -128,22 +146,6 @@ def held_out_bits(run: Run, source: datasets.Images, n: int) -> dict:
     bits = bits_per_dim(torch.cat(nats).mean().item(), test[0].numel())
     trivial = lossless_bits_per_dim(test.permute(0, 2, 3, 1).numpy())
     return {"bits_per_dim": bits} | {f"bits_per_dim_{name}": value for name, value in trivial.items()}
-
-
-@torch.no_grad()
-def apply(function, images: Tensor, batch_size: int = 500) -> Tensor:
-    """function(pictures in [-1, 1]) over uint8 or float pictures (N, 3, H, W), in batches, back on the CPU."""
-    with machine.autocast():
-        return torch.cat([function(unit(part).to(machine.device())).cpu() for part in images.split(batch_size)])
-
-
-def unit(images: Tensor) -> Tensor:
-    """uint8 -> float in [-1, 1]; float stays."""
-    return images.float() / 127.5 - 1 if images.dtype == torch.uint8 else images
-
-
-def accuracy(logits: Tensor, labels: np.ndarray) -> float:
-    return (logits.argmax(1) == torch.as_tensor(labels)).float().mean().item()
 
 
 def table(rows: list[dict]) -> str:

@@ -24,12 +24,13 @@ from PIL.Image import Image as Picture
 
 from nanogen.data.datasets import data_folder
 from nanogen.lab.pictures import grid, loss_plot, png, save_gif
-from nanogen.lab.runs import CHAPTERS, Run, find_recipe, load_run, run_name, train_run
+from nanogen.lab.runs import AUDIO, CHAPTERS, Run, find_recipe, load_run, run_name, train_run
 
 SMOKE = os.environ.get("NANOGEN_SMOKE") == "1"
 RUNS = Path(os.environ.get("NANOGEN_RUNS") or "../runs")
-COUNT = 400 if SMOKE else None  # pictures to load; None: all of them
+COUNT = 400 if SMOKE else None  # pictures or sounds to load; None: all of them
 DATA = "scenes" if SMOKE and not (data_folder() / "cifar10.npz").exists() else "cifar10"  # a test downloads nothing
+SOUNDS = "voices" if SMOKE and not (data_folder() / "fsdd.npz").exists() else "fsdd"  # of the chapters in audio/
 
 
 def show(*things) -> None:
@@ -40,12 +41,13 @@ def show(*things) -> None:
         display(Markdown(f"`{place}`\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```"))  # GitHub colours a fence
 
 
-def chapter_run(chapter: str, data: str = DATA, **overrides) -> Run:
+def chapter_run(chapter: str, data: str | None = None, **overrides) -> Run:
     """The run of a chapter with its recipe: loaded if finished, else trained, or trained on. Says how long and on what.
 
     overrides: fields of the chapter's Config or of Training. They are part of the run's name, so that two notebooks that
     ask for the same find the same: chapter_run("tokenizer", bottleneck="vq", minutes=3) is tokenizer-vq-3min-cifar10.
     """
+    data = data or (SOUNDS if chapter in AUDIO else DATA)
     folder = RUNS / "-".join([chapter, *(_short(name, value) for name, value in overrides.items()), data])
     if (folder / "model.safetensors").exists():
         run = load_run(folder)

@@ -16,6 +16,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
 
+from nanogen.audio.spectral import log_mel
+
 
 def to_uint8(images: Tensor) -> np.ndarray:
     """Float (B, 3, H, W) in [-1, 1], clamped -> uint8 (B, H, W, 3), rounded to the nearest of 256 values."""
@@ -103,6 +105,22 @@ def loss_plot(log: list[dict], chance: float | None = None, title: str = "") -> 
     axes.set(xlabel="minutes of training" if unit == "minutes" else "steps", ylabel="loss", title=title)
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def spectrograms(clips: list[np.ndarray], titles: list[str], columns: int) -> Figure:
+    """What sounds (T,) at 8 kHz look like: loudness by mel band (upwards) and time, on the same scales for all."""
+    columns = max(1, min(columns, len(clips)))
+    rows, longest = math.ceil(len(clips) / columns), max(len(clip) for clip in clips)
+    figure = Figure(figsize=(1.3 * columns + 0.2, 1.25 * rows + 0.1), dpi=110, facecolor="white", layout="constrained")
+    FigureCanvasAgg(figure)
+    for index, (clip, title) in enumerate(zip(clips, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        padded = torch.zeros(1, max(longest, 256))
+        padded[0, : len(clip)] = torch.tensor(clip, dtype=torch.float32)
+        axes.imshow(log_mel(padded)[0], origin="lower", aspect="auto", cmap="magma", vmin=-10, vmax=-2)
+        axes.set_title(title, fontsize=7)
+        axes.set_axis_off()
     return figure
 
 

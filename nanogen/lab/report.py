@@ -22,7 +22,8 @@ from PIL import Image
 from nanogen import UserError, __version__
 from nanogen.lab import pictures
 
-CAPTIONS = {"grid": "Samples", "process": "How they come to be, from the first step to the last"}
+CAPTIONS = {"grid": "Samples", "process": "How they come to be, from the first step to the last",
+            "spectrograms": "Spectrograms: loudness by frequency (upwards) and time"}
 MOST_SOUNDS = 24  # players for one run: each second of speech adds about 20 kB to the page
 
 
@@ -93,7 +94,7 @@ def read_run(folder: Path) -> Run:
                 log.append(dict(json.loads(line)))
             except (ValueError, TypeError):
                 remarks.append("log.jsonl has a damaged line, left out here: was the run killed as it wrote?")
-    return Run(folder, config, log, _flat(metrics), list(dict.fromkeys(remarks)))
+    return Run(folder, config, log, flat(metrics), list(dict.fromkeys(remarks)))
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict:
@@ -106,11 +107,11 @@ def _read_json(path: Path, remarks: list[str]) -> dict:
         return {}
 
 
-def _flat(values: dict, group: str = "") -> dict:
+def flat(values: dict, group: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a / b": 1}."""
     flat = {}
     for key, value in values.items():
-        flat |= _flat(value, f"{group}{key} / ") if isinstance(value, dict) else {f"{group}{key}": value}
+        flat |= flat(value, f"{group}{key} / ") if isinstance(value, dict) else {f"{group}{key}": value}
     return flat
 
 
@@ -138,7 +139,10 @@ def _summary(run: Run, anchor: str) -> dict:
         "parameters": run.number("parameters"),
         "FD-nano (less is better)": distance,
         "class accuracy": run.number("class_accuracy"),
+        "speaker accuracy": run.number("speaker_accuracy"),
         "seconds per picture": run.number("seconds_per_picture"),
+        "seconds per second of sound": run.number("seconds_per_second_of_sound"),
+        "kbit/s": run.number("kbps"), "SI-SDR (dB)": run.number("si_sdr"), "STOI": run.number("stoi"),
     }
 
 
@@ -149,10 +153,10 @@ def _minutes(run: Run) -> float | None:
 
 def _card(run: Run, anchor: str) -> str:
     """Everything about one run."""
-    tokenizer = run.config.get("tokenizer")
+    base = run.config.get("base")
     facts = {name: run.config.get(name) for name in ("chapter", "data", "machine", "seed")}
     facts |= {
-        "stands on": tokenizer.get("path") if isinstance(tokenizer, dict) else tokenizer, "minutes": _minutes(run),
+        "stands on": base.get("path") if isinstance(base, dict) else base, "minutes": _minutes(run),
         "steps": run.number("step"), "examples per second": run.number("examples_per_second"),
         "parameters": run.number("parameters"),
     }
@@ -166,7 +170,7 @@ def _card(run: Run, anchor: str) -> str:
         f"<div>{_table(rows) if rows else _missing('No metrics yet: `evaluate` measures them.')}</div></div>",
         f'<div class="pair">{_samples(run)}</div>',
     ]
-    settings = _flat({key: run.config.get(key) for key in ("config", "training")})
+    settings = flat({key: run.config.get(key) for key in ("config", "training")})
     rows = [{"setting": key, "value": value} for key, value in settings.items() if value is not None]
     if rows:
         parts.append(f"<details><summary>Settings</summary>{_table(rows)}</details>")
@@ -200,9 +204,11 @@ def _samples(run: Run) -> str:
         rows = _row_names(run, size) if path.stem in CAPTIONS else []
         parts.append(_figure(content, kind, caption, size, rows))
     sounds = sorted(folder.glob("*.wav"))
-    labels = (_arrays(run, "labels") or [[]])[0]
-    for index, path in enumerate(sounds[:MOST_SOUNDS]):
-        said = f"{path.stem}: {_class_name(run, labels[index])}" if len(labels) == len(sounds) else path.stem
+    labels, speakers = ((_arrays(run, name) or [[]])[0] for name in ("labels", "speakers"))
+    for path in sounds[:MOST_SOUNDS]:
+        said, index = path.stem.replace("_", " "), int(path.stem) if path.stem.isdigit() else len(labels)
+        said += f": {_class_name(run, labels[index])}" if index < len(labels) else ""
+        said += f", {_name(run, 'speaker_names', speakers[index])}" if index < len(speakers) else ""
         source = data_uri("audio/wav", path.read_bytes())
         parts.append(f'<figure class="sound"><figcaption>{_text(said)}</figcaption>')
         parts.append(f'<audio controls preload="none" src="{source}"></audio></figure>')
@@ -226,7 +232,12 @@ def _row_names(run: Run, size: tuple[int, int]) -> list[str]:
 
 def _class_name(run: Run, label: int) -> str:
     names = run.config.get("class_names") or []
-    return str(names[label]) if 0 <= label < len(names) else "no label" if label == len(names) else str(label)
+    return "no label" if names and label == len(names) else _name(run, "class_names", label)
+
+
+def _name(run: Run, kind: str, number: int) -> str:
+    names = run.config.get(kind) or []
+    return str(names[number]) if 0 <= number < len(names) else str(number)
 
 
 def _figure(content: bytes, kind: str, caption: str, size: tuple[int, int] | None = None, rows=()) -> str:

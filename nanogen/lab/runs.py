@@ -11,10 +11,7 @@ What works for which data set stands beside each chapter, as <chapter>.json: its
 gave on a named machine.
 """
 
-import contextlib
 import dataclasses
-import functools
-import hashlib
 import json
 import os
 import time
@@ -22,21 +19,24 @@ import typing
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from nanogen import UserError
-from nanogen.data import datasets
+from nanogen.audio import audio_lm, codec, wave_ar
+from nanogen.data.datasets import Images, Sounds
+from nanogen.data.folders import PICTURE_FILES, find_classes
 from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab import judges, machine
+from nanogen.lab.files import content_hash, contiguous, make_folder, write_atomically
+from nanogen.lab.prepare import load_data, prepare, prepared, to_tensor  # noqa: F401 (notebooks take all of it from here)
 from nanogen.lab.train import Training, check_options, draw_batch, join_processes, train
 
+AUDIO = {"wave_ar": wave_ar, "codec": codec, "audio_lm": audio_lm}
 CHAPTERS = {"pixel_ar": pixel_ar, "tokenizer": tokenizer, "token_ar": token_ar, "maskgit": maskgit, "var": var, "mar": mar,
-            "flow": flow, "meanflow": meanflow, "judge": judges}
+            "flow": flow, "meanflow": meanflow, **AUDIO, "judge": judges}
 
 
 @dataclass
@@ -53,6 +53,11 @@ class Run:
     def class_names(self) -> list[str]:
         return self.config["class_names"]
 
+    @property
+    def speaker_names(self) -> list[str]:
+        """Of sounds: the voices that it has learned, in order. Of pictures: none."""
+        return self.config.get("speaker_names", [])
+
     def read_json(self, name: str) -> dict:
         path = self.folder / name
         return json.loads(path.read_text()) if path.exists() else {}
@@ -65,23 +70,44 @@ def recipes(chapter: str) -> dict:
 
 
 def find_recipe(chapter: str, data: str, name: str = "first look") -> dict:
-    """The recipe for a data set; a folder of one's own is treated like cifar10."""
+    """The recipe for a data set; a folder of one's own is treated like cifar10, or like fsdd if it holds sounds."""
     if chapter not in CHAPTERS:
         raise UserError(f"There is no chapter {chapter!r}: choose from {', '.join(CHAPTERS)}.")
     known = recipes(chapter)
-    found = known.get(data, known["cifar10"])
+    found = known.get(data) or known["fsdd" if for_sounds(chapter, data) else "cifar10"]
     if name not in found:
         raise UserError(f"{chapter} has no recipe {name!r} for {data}: choose from {', '.join(found)}.")
     return found[name]
 
 
-def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None, folder: str | Path | None = None,
+def for_sounds(chapter: str, data: str) -> bool:
+    """Does it learn from sounds? Chapters know; a judge learns from whatever is in the folder."""
+    own = Path(data).expanduser()
+    return chapter in AUDIO or (chapter == "judge" and own.is_dir() and not find_classes(own, PICTURE_FILES))
+
+
+def usual_data(chapter: str) -> str:
+    """The data set to take where none is named."""
+    return "fsdd" if chapter in AUDIO else "cifar10"
+
+
+def check_kind(chapter: str, data: str, source: Images | Sounds) -> None:
+    """Refuse to look at sounds, or to listen to pictures."""
+    if chapter in AUDIO and not isinstance(source, Sounds):
+        raise UserError(f"{data} holds pictures, but {chapter} needs sounds: say fsdd, voices or a folder of your own.")
+    if chapter not in (*AUDIO, "judge") and not isinstance(source, Images):
+        raise UserError(f"{data} holds sounds, but {chapter} needs pictures: say cifar10, scenes or a folder of your own.")
+
+
+def train_run(chapter: str, data: str | None = None, overrides: dict | None = None, folder: str | Path | None = None,
               recipe: str = "first look", resume: bool = False, count: int | None = None, quiet: bool = False) -> Run:
     """Train a chapter on a data set and leave a run folder, runs/<chapter>-<data> unless told.
 
-    overrides: fields of the chapter's Config or of Training. resume: go on where an interrupted run stopped; a finished
-    one is simply loaded. count: use only so many pictures. Raises UserError for what the caller can mend.
+    data: cifar10 for pictures and fsdd for sounds unless told. overrides: fields of the chapter's Config or of Training.
+    resume: go on where an interrupted run stopped; a finished one is simply loaded. count: use only so many pictures or
+    sounds. Raises UserError for what the caller can mend.
     """
+    data = data or usual_data(chapter)
     settings = find_recipe(chapter, data, recipe)
     folder = Path(folder or Path("runs") / run_name(chapter, data, overrides or {}))
     overrides = dict(overrides or {})
@@ -100,6 +126,7 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
         if (folder / "model.safetensors").exists() and not overrides:
             return load_run(folder)
     source = load_data(data, count)
+    check_kind(chapter, data, source)
     config, training = make_config(chapter, settings, overrides, source)
     base = base_run(chapter, config, data, folder, count, quiet)
     torch.manual_seed(training.seed)
@@ -114,13 +141,16 @@ def train_run(chapter: str, data: str = "cifar10", overrides: dict | None = None
         "training": dataclasses.asdict(training), "sampling": settings.get("sampling", {}), "class_names": source.class_names,
         "parameters": sum(p.numel() for p in model.parameters()),
     }
+    if isinstance(source, Sounds):
+        record["speaker_names"] = source.speaker_names[: voices(source)]
     if base:
         record["base"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
     if rank == 0:
         make_folder(folder)
         write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
     budget = f"{training.steps} steps" if training.steps else f"{training.minutes:g} min"
-    size = f"{record['parameters'] / 1e6:.1f} M parameters, {len(source.train_images):,} pictures"
+    kind = "sounds" if isinstance(source, Sounds) else "pictures"
+    size = f"{record['parameters'] / 1e6:.1f} M parameters, {len(source.train_labels):,} {kind}"
     say(quiet or rank > 0, f"{chapter} on {data}: {size}, {budget}, {record['machine']} -> {folder}")
     log = train(model, tensors, training, folder, resume, quiet)
     record["minutes"] = log[-1]["minutes"]
@@ -154,8 +184,8 @@ def base_run(chapter: str, config, data: str, folder: Path, count: int | None, q
 
 
 def fitting(base: Run, needs: dict, config) -> Run:
-    """The run underneath, if it is of the kind and for the picture size that the chapter needs."""
-    for name, wanted in (needs | {"size": config.size}).items():
+    """The run underneath, if it is of the kind and, with pictures, for the size that the chapter needs."""
+    for name, wanted in (needs | ({"size": config.size} if hasattr(config, "size") else {})).items():
         if base.config["config"][name] != wanted:
             found = base.config["config"][name]
             raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
@@ -179,26 +209,17 @@ def judge(data: str, folder: Path = Path("runs"), count: int | None = None, quie
     return train_run("judge", data, {}, place, resume=True, count=count, quiet=quiet).model
 
 
-def load_data(data: str, count: int | None = None) -> datasets.Images:
-    """datasets.load, remembering the last two: a command asks for the same pictures several times."""
-    return remembered(str(data), datasets.data_folder(), count)
-
-
-@functools.lru_cache(maxsize=2)
-def remembered(data: str, folder: Path, count: int | None) -> datasets.Images:
-    source = datasets.load(data, count=count)  # `folder` only tells what is remembered apart
-    if not isinstance(source, datasets.Images):
-        raise UserError(f"{data} holds sounds; the image chapters need pictures.")
-    return source
-
-
-def make_config(chapter: str, settings: dict, overrides: dict, source: datasets.Images) -> tuple[object, Training]:
+def make_config(chapter: str, settings: dict, overrides: dict, source: Images | Sounds) -> tuple[object, Training]:
     """(the chapter's Config, Training) from a recipe, what the user says and what the data says."""
     config_class = CHAPTERS[chapter].Config
     fields = {field.name for field in dataclasses.fields(config_class)}
-    facts = {"size": source.train_images.shape[1], "classes": len(source.class_names)}
-    if "second" in fields and "train_background" in source.truth:
-        facts["second"] = int(source.truth["train_background"].max()) + 1
+    facts = {"classes": len(source.class_names)}
+    if isinstance(source, Sounds):
+        facts |= {"sound": True, "speakers": voices(source), "second": voices(source) if voices(source) > 1 else 0}
+    else:
+        facts["size"] = source.train_images.shape[1]
+        if "train_background" in source.truth:
+            facts["second"] = int(source.truth["train_background"].max()) + 1
     values = {k: v for k, v in facts.items() if k in fields} | settings["config"]
     training = dict(settings["training"])
     known = fields | {field.name for field in dataclasses.fields(Training)}
@@ -209,6 +230,11 @@ def make_config(chapter: str, settings: dict, overrides: dict, source: datasets.
     if overrides.get("minutes"):
         training["steps"] = 0
     return typed(config_class, values, chapter), typed(Training, training, "training")
+
+
+def voices(source: Sounds) -> int:
+    """How many speakers there are to learn from. Those of the test part alone (in `voices`) are counted from there on."""
+    return int(source.train_speakers.max()) + 1
 
 
 def typed(kind: type, values: dict, owner: str):
@@ -239,63 +265,13 @@ def build(chapter: str, config, base: Run | None = None) -> nn.Module:
 
 @torch.no_grad()
 def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training: Training) -> None:
-    """One loss, before anything is written: a network that cannot take these pictures becomes a sentence."""
+    """One loss, before anything is written: a network that cannot take this data becomes a sentence."""
     check_options(training)
     try:
         model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"{chapter} cannot take these pictures with these settings: {reason}.") from error
-
-
-def prepared(model: nn.Module, source: datasets.Images, config, flip: bool, base: Run | None) -> dict[str, Tensor]:
-    """What `prepare` gives. If a tokenizer made it, it is kept in the tokenizer's folder: the next chapter starts at once."""
-    if base is None or base.chapter != "tokenizer":
-        return prepare(model, source, config, flip, base)
-    key = hashlib.sha256(content_hash(base.folder).encode() + bytes([flip]))
-    for array in (source.train_images, source.train_labels):
-        key.update(np.ascontiguousarray(array))
-    path = base.folder / f"encoded-{key.hexdigest()[:16]}.safetensors"
-    try:
-        tensors = load_file(path)
-    except Exception:  # absent or damaged: encoding takes a minute, so no question is asked
-        tensors = prepare(model, source, config, flip, base)
-        if join_processes()[0] == 0:
-            with contextlib.suppress(UserError):  # not kept, then
-                write_atomically(path, lambda path: save_file(contiguous(tensors), path))
-    if "latents" in tensors:
-        model.measure(tensors["latents"])
-    return tensors
-
-
-@torch.no_grad()
-def prepare(model: nn.Module, source: datasets.Images, config, flip: bool = True, base: Run | None = None) -> dict[str, Tensor]:
-    """The training pictures as the model wants them: pixels, or tokens and latents encoded once, with `flip` mirrored too."""
-    images = to_tensor(source.train_images, config.size)
-    labels = torch.from_numpy(source.train_labels)
-    if getattr(config, "second", 0):
-        return {"images": images, "labels": labels, "second": torch.from_numpy(source.truth["train_background"])}
-    if not hasattr(model, "prepare") or getattr(model, "tokenizer", []) == [None]:  # the chapter stands on nothing this time
-        return {"images": images, "labels": labels}
-    if base and base.chapter == "flow":  # pairs are drawn, not encoded: as many as asked, and none mirrored
-        images, labels, flip = images[: config.reflow_pairs], labels[: config.reflow_pairs], False
-    model.to(machine.device())
-    parts: dict[str, list[Tensor]] = {}
-    for mirrored in (False, True) if flip else (False,):
-        for x, y in zip(images.split(500), labels.split(500), strict=True):
-            x = (x.flip(-1) if mirrored else x).to(machine.device()).float() / 127.5 - 1
-            with machine.autocast():
-                for name, tensor in model.prepare(x, y).items():
-                    parts.setdefault(name, []).append(tensor)
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
-
-
-def to_tensor(images, size: int) -> Tensor:
-    """uint8 (N, H, W, 3) -> uint8 (N, 3, size, size), by area average where the size differs."""
-    tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
-    if tensor.shape[-1] == size:
-        return tensor
-    return torch.cat([F.interpolate(part.float(), size, mode="area").round().byte() for part in tensor.split(2000)])
+        raise UserError(f"{chapter} cannot take this data with these settings: {reason}.") from error
 
 
 def load_run(folder: str | Path, expected_hash: str | None = None) -> Run:
@@ -329,32 +305,6 @@ def read_config(folder: Path) -> dict:
         raise UserError(f"{folder} is not a run: there is no config.json in it.") from error
     except (ValueError, LookupError, TypeError) as error:
         raise UserError(f"{folder / 'config.json'} is damaged: delete the folder and train again.") from error
-
-
-def make_folder(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"Cannot make the folder {folder}: {error.strerror}.") from error
-
-
-def write_atomically(path: Path, write) -> None:
-    """write(temporary path), then rename: a crash leaves the old file or the new one, never half of one."""
-    partial = path.with_name(path.name + ".partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        raise UserError(f"Cannot write {path} ({error}): is the disk full? What was there is kept.") from error
-
-
-def content_hash(folder: Path) -> str:
-    """sha256 of a run's weights, 16 digits of it."""
-    return hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()[:16]
-
-
-def contiguous(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.contiguous() for name, value in state.items()}
 
 
 def say(quiet: bool, text: str) -> None:

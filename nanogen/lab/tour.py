@@ -17,7 +17,8 @@ SHOWN = ("minutes", "psnr", "bits_per_dim", "fd_nano", "fd_nano_floor", "fd_nano
          "seconds_per_picture")
 PICTURES = 20_000  # of the drawn set, which the tour makes for itself
 HEADINGS = {"fd_nano": "FD-nano", "class_accuracy": "class accuracy", "psnr": "PSNR", "bits_per_dim": "bits/dim",
-            "test_accuracy": "test accuracy", "seconds_per_picture": "s/picture"}
+            "test_accuracy": "test accuracy", "seconds_per_picture": "s/picture", "speaker_accuracy": "speaker accuracy",
+            "bits_per_sample": "bits/sample", "si_sdr": "SI-SDR", "stoi": "STOI", "seconds_per_second_of_sound": "s/s of sound"}
 STORY = {
     "pixel_ar": "Everything is a chain: a picture drawn number by number, 8x8 pixels, because each pixel costs a pass.",
     "tokenizer": "Units that mean more: 64 tokens a picture. Rows of originals and of their reconstructions.",
@@ -52,7 +53,8 @@ def tour(folder: Path, count: int = PICTURES) -> Path:
 def list_chapters() -> str:
     """Chapters, data sets, recipes, what each stands on, and the numbers that each recipe gave."""
     lines = [f"{name:10} {module.__doc__.splitlines()[0]}" for name, module in CHAPTERS.items()]
-    data = "Data: cifar10, scenes (drawn by code), or a folder with pictures, one sub-folder per class."
+    data = ("Data: cifar10, scenes (drawn by code), fsdd (spoken digits), voices (spoken by code), or a folder with pictures or "
+            "sounds, one sub-folder per class.")
     return "\n".join([*lines, "", data, "", table(recipe_rows())])
 
 
@@ -68,7 +70,7 @@ def recipe_rows() -> list[dict]:
                 stands_on = getattr(module, "stands_on", None)
                 base = stands_on(module.Config(**recipe["config"])) if stands_on else None
                 rows.append({"chapter": chapter, "data": data, "recipe": name, "minutes": recipe["training"]["minutes"],
-                             "stands on": f"{base[0]} ({next(iter(base[1].values()))})" if base else "-"}
+                             "stands on": " ".join([base[0], *(f"({kind})" for kind in base[1].values())]) if base else "-"}
                             | {heading: show(measured[key]) if key in measured else "-" for key, heading in HEADINGS.items()})
     return rows
 

@@ -1,0 +1,1 @@
+"""The sound track: one file a method, read from top to bottom."""
