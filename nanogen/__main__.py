@@ -1,6 +1,6 @@
 """The command line.
 
-    python -m nanogen                                  the tour: five chapters, tiny, on drawn pictures -> runs/tour/index.html
+    python -m nanogen                                  the tour: ten chapters, tiny, on data made by code -> runs/tour/index.html
     python -m nanogen list                             chapters, data sets, recipes and what to expect
     python -m nanogen train maskgit --data cifar10     train a chapter, and first what it stands on
     python -m nanogen sample runs/maskgit-cifar10 --n 64 --guidance 3 --out pictures
@@ -32,7 +32,7 @@ def main(arguments: list[str] | None = None) -> int:
     """Run one command. Returns the exit code: 0, or 1 after a sentence about what the user can mend."""
     parser = Parser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("tour", help="five chapters, tiny (also without a command)").add_argument("--out", default="runs/tour")
+    commands.add_parser("tour", help="ten chapters, tiny (also without a command)").add_argument("--out", default="runs/tour")
     add = commands.add_parser("list", help="chapters, data sets, recipes")
     add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
     add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")

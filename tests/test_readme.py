@@ -19,7 +19,7 @@ TINY = ["--width", "32", "--depth", "1", "--heads", "2", "--steps", "2", "--batc
 
 @pytest.fixture(scope="module")
 def workplace(tmp_path_factory):
-    """A folder with a CIFAR-10 of 100 pictures of noise, and beneath it the runs that chapters stand on, tiny."""
+    """A folder with a CIFAR-10 of 100 pictures of noise and an FSDD of 40 clips of it, and beneath it the runs that chapters stand on, tiny."""
     folder = tmp_path_factory.mktemp("workplace")
     random = np.random.default_rng(0)
     parts = {}
@@ -28,12 +28,17 @@ def workplace(tmp_path_factory):
                   f"{part}_labels": (np.arange(count) % 10).astype(np.uint8)}
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     np.savez(folder / "cifar10.npz", **parts, class_names=np.array(names))
+    rate, speakers = 8000, ["george", "jackson"]
+    np.savez(folder / "fsdd.npz", waveform=random.integers(-3000, 3000, 40 * rate // 2).astype(np.int16), sample_rate=np.array(rate),
+             offsets=np.arange(41) * (rate // 2), digits=np.arange(40) % 10, speakers=np.arange(40) // 10 % 2,
+             is_test=np.arange(40) >= 30, speaker_names=np.array(speakers))
     quick = dict(steps=2, batch_size=16, compile=False)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGEN_DATA", str(folder))
         for name in ("judge", "eye"):
             train_run("judge", "cifar10", quick | {"widths": (16, 16, 16)}, folder / f"runs/{name}-cifar10", quiet=True)
         train_run("tokenizer", "cifar10", quick | {"widths": (16, 16), "blocks": 1}, folder / "runs/tokenizer-cifar10", quiet=True)
+        train_run("codec", "fsdd", quick | {"widths": (4, 4, 4, 4, 4), "crop": 1024}, folder / "runs/codec-fsdd", quiet=True)
     return folder
 
 
@@ -53,7 +58,7 @@ def test_every_command_runs_in_the_order_of_the_page(workplace, monkeypatch, cap
         if words[0] == "evaluate":
             words += ["--n", "20", "--steps", "2"]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
-    assert (workplace / "pictures/grid.png").exists() and (workplace / "report.html").exists()
+    assert all((workplace / name).exists() for name in ("pictures/grid.png", "report.html", "sounds/000.wav", "three.wav"))
 
 
 def test_the_table_is_the_one_that_list_prints():

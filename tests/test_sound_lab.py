@@ -196,7 +196,7 @@ def test_stoi_does_not_count_the_pauses():
 
 
 def test_what_does_not_compare_is_a_sentence():
-    with pytest.raises(UserError, match="join short clips"):
+    with pytest.raises(UserError, match="join clips first"):
         sound_metrics.stoi(speech()[:2000], speech()[:2000])
     for a, b in ((np.ones(5), np.ones(6)), (np.ones((2, 5)), np.ones((2, 5))), (np.ones(0), np.ones(0)), (np.ones(3), np.full(3, np.nan))):
         with pytest.raises(UserError):

@@ -253,6 +253,7 @@ class Decoder(nn.Module):
             layers += [ResidualUnit(widths[i], dilation) for dilation in config.dilations]
         self.layers = nn.ModuleList([*layers, CausalConv(widths[0], 1, 7)])
         self.layers[-1].conv.adamw = True
+        self.layers[-1].conv.weight.data.mul_(0.1)  # speech is about so loud; ten times louder is a long way back
 
     def forward(self, z: Tensor, memory: dict | None = None) -> Tensor:
         *body, last = self.layers

@@ -47,7 +47,7 @@ class MultiScaleVQ(Quantizer):
         self.decay, self.whiten, self.detached = decay, without != "whitening", without != "detaching"
         self.book = Codebook(code_dim, num_codes, False, decay, 0.0 if without == "revival" else dead_below)
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in scales) if without != "phi" else None
-        for conv in self.phi or ():  # phi starts as the identity: from random weights each scale would at first add half of itself
+        for conv in self.phi or ():  # phi starts as the identity: from random weights a scale would at first add half of itself
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
         self.register_buffer("mean", torch.zeros(len(scales), code_dim))  # of the residuals of each scale

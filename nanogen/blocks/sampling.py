@@ -23,8 +23,12 @@ def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, t
         ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
         beyond = ordered.cumsum(-1) - ordered >= top_p  # the most likely one always stays
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, order, beyond), float("-inf"))
-    flat = logits.flatten(0, -2).softmax(-1)
-    return torch.multinomial(flat, 1, generator=generator).view(logits.shape[:-1])
+    # One random number a row, and a search for it. (torch.multinomial draws one for each of the K words: 1 ms for 64 rows.)
+    cumulative = logits.softmax(-1).cumsum(-1)
+    total = cumulative[..., -1:]
+    u = total * torch.rand(total.shape, generator=generator, device=total.device)
+    u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))  # below the total also when it was rounded up
+    return torch.searchsorted(cumulative, u, right=True).squeeze(-1)  # the first whose sum exceeds u: never one of share 0
 
 
 def with_and_without(labels: Tensor, null: int, guidance: float) -> Tensor:

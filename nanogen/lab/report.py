@@ -109,10 +109,10 @@ def _read_json(path: Path, remarks: list[str]) -> dict:
 
 def flat(values: dict, group: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a / b": 1}."""
-    flat = {}
+    result = {}
     for key, value in values.items():
-        flat |= flat(value, f"{group}{key} / ") if isinstance(value, dict) else {f"{group}{key}": value}
-    return flat
+        result |= flat(value, f"{group}{key} / ") if isinstance(value, dict) else {f"{group}{key}": value}
+    return result
 
 
 def _arrays(run: Run, *names: str) -> list[np.ndarray]:

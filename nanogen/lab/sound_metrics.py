@@ -40,8 +40,8 @@ def si_sdr(original: np.ndarray, decoded: np.ndarray) -> float:
     original, decoded = original - original.mean(), decoded - decoded.mean()
     target = original * (original @ decoded) / max(original @ original, 1e-12)
     error = decoded - target
-    ratio = (target @ target + 1e-12) / (error @ error + 1e-12)
-    return float(np.clip(10 * np.log10(ratio), -100, 100))
+    ratio = (target @ target) / (error @ error + 1e-12)
+    return float(10 * np.log10(np.clip(ratio, 1e-10, 1e10)))
 
 
 def mel_distance(original: np.ndarray, decoded: np.ndarray) -> float:
