@@ -4,12 +4,16 @@
     run = chapter_run("flow", objective="ddpm")     a finished run is loaded, an interrupted one goes on, else it is trained
     loss_curve(run, chance=math.log(1024))          "is my loss normal?"
     picture(images), animate(frames)                grids, figures, and how pictures come to be
+    listen(waveforms, titles)                       players; what they show of sounds, for eyes: spectrograms(waveforms, titles)
 
 NANOGEN_RUNS is the folder of the runs, ../runs unless set: on Colab, a folder on a mounted drive survives a disconnect.
 NANOGEN_SMOKE=1 shrinks data and trainings to seconds, to test that a notebook runs. What it prints then means nothing.
 """
 
+import base64
+import html
 import inspect
+import io
 import json
 import os
 import tempfile
@@ -17,12 +21,15 @@ import textwrap
 from pathlib import Path
 
 import numpy as np
+import PIL.Image
+import soundfile
 from IPython.display import Image, Markdown, display
 from matplotlib.figure import Figure
 from PIL.Image import Dither
 from PIL.Image import Image as Picture
 
 from nanogen.data.datasets import data_folder
+from nanogen.lab import pictures
 from nanogen.lab.pictures import grid, loss_plot, png, save_gif
 from nanogen.lab.runs import AUDIO, CHAPTERS, Run, find_recipe, load_run, run_name, train_run
 
@@ -109,6 +116,32 @@ def animate(frames: list[np.ndarray] | np.ndarray, columns: int = 10, scale: int
     with tempfile.TemporaryDirectory() as folder:
         path = save_gif(list(frames), Path(folder) / "process.png", columns, scale, milliseconds)
         display(Image(path.read_bytes()))
+
+
+def listen(waveforms, titles: list[str], rate: int = 8000, normalise: bool = False) -> None:
+    """Players side by side, each with its title: waveforms (T,) in [-1, 1], kept in the notebook as WAV of 16 bits.
+
+    What is louder than 1 is cut off, as a loudspeaker does. normalise: every sound's peak at 0.9, where loudness would mislead.
+    Jupyter plays them; GitHub shows no players, which is why spectrograms stand beside them.
+    """
+    players = []
+    for waveform, title in zip(waveforms, titles, strict=True):
+        sound = np.asarray(waveform, dtype=np.float32)
+        if normalise:
+            sound = 0.9 * sound / max(np.abs(sound).max(), 1e-9)
+        file = io.BytesIO()
+        soundfile.write(file, sound.clip(-1, 1), rate, "PCM_16", format="WAV")
+        source = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+        players.append('<div style="display:inline-block; margin:4px 12px 4px 0"><div style="font-size:85%">' + html.escape(title)
+                       + f'</div><audio controls style="width:210px; height:34px" src="{source}"></audio></div>')
+    display({"text/html": "".join(players), "text/plain": "to listen to: " + "; ".join(titles)}, raw=True)
+
+
+def spectrograms(waveforms, titles: list[str], columns: int = 10) -> None:
+    """Log-mel spectrograms of waveforms (T,) at 8 kHz, `columns` in a row, on the same scales; pitch upwards."""
+    figure = png(pictures.spectrograms([np.asarray(waveform) for waveform in waveforms], titles, columns))
+    colours = PIL.Image.open(io.BytesIO(figure)).convert("RGB")  # a third of the bytes of its true colours
+    picture(colours.quantize(64, kmeans=1, dither=Dither.NONE))
 
 
 def loss_curve(run: Run, chance: float) -> None:
