@@ -76,11 +76,15 @@ def pattern_steps(pattern: str, frames: int, books: int) -> Tensor:
     return frame + (book if pattern == "delay" else 0 * book)
 
 
+def count_steps(pattern: str, frames: int, books: int) -> int:
+    return {"flat": frames * books, "parallel": frames, "delay": frames + books - 1}[pattern]
+
+
 def to_pattern(tokens: Tensor, pattern: str, nothing: int) -> Tensor:
     """Words (B, frames, K) -> by step, (B, steps, K), `nothing` where a step has no word for a book."""
     batch, frames, books = tokens.shape
     steps = pattern_steps(pattern, frames, books).to(tokens.device)
-    grid = tokens.new_full((batch, int(steps.max()) + 1, books), nothing)
+    grid = tokens.new_full((batch, count_steps(pattern, frames, books), books), nothing)
     grid[:, steps, torch.arange(books, device=tokens.device)] = tokens
     return grid
 
