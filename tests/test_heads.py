@@ -75,13 +75,13 @@ def test_guidance_1_is_conditional_and_costs_one_pass(kind, monkeypatch):
     head, z, nothing, rows = tiny_head(kind), torch.randn(5, 8), torch.randn(5, 8), []
     predict = head.predict
     monkeypatch.setattr(head, "predict", lambda z, *inputs: rows.append(len(z)) or predict(z, *inputs))
-    plain = head.sample(z, 3, 1.0, generator())
-    assert torch.equal(plain, head.sample(z, 3, 1.0, generator(), nothing, 1.0))
-    assert set(rows) == {5} and len(rows) == (6 if kind in ITERATED else 2)
+    plain = head.sample(z, 4, 1.0, generator())
+    assert torch.equal(plain, head.sample(z, 4, 1.0, generator(), nothing, 1.0))
+    assert set(rows) == {5} and len(rows) == (8 if kind in ITERATED else 2)
     rows.clear()
-    ones = head.sample(z, 3, 1.0, generator(), nothing, torch.ones(5))
+    ones = head.sample(z, 4, 1.0, generator(), nothing, torch.ones(5))
     assert torch.allclose(plain, ones, atol=1e-4) and set(rows) == {10}
-    assert torch.allclose(head.sample(nothing, 3, 1.0, generator()), head.sample(z, 3, 1.0, generator(), nothing, 0.0), atol=1e-4)
+    assert torch.allclose(head.sample(nothing, 4, 1.0, generator()), head.sample(z, 4, 1.0, generator(), nothing, 0.0), atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", ["mse", "diffusion", "flow"])
