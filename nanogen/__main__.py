@@ -134,11 +134,12 @@ def sample_command(options, _) -> None:
 
 
 def encode_command(options, _) -> None:
+    from nanogen.data.folders import SAMPLE_RATE
     from nanogen.lab.coding import encode
     from nanogen.lab.runs import load_run
 
     content = encode(load_run(options.run), Path(options.file), Path(options.out), options.kbps)
-    rate = f", {content['kbps']:g} kbit/s for {content['length'] / 8000:.2f} seconds" if "kbps" in content else ""
+    rate = f", {content['kbps']:g} kbit/s for {content['length'] / SAMPLE_RATE:.2f} seconds" if "kbps" in content else ""
     print(f"{options.out}: tokens of shape {content['tokens'].shape}{rate}")
 
 

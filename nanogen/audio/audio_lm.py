@@ -13,7 +13,7 @@ for each book. As on the image track there is a continuous rival: the codec's la
 A flow head draws the vector in many cheap rounds ("flow"); squared error answers with the average of all that is plausible
 ("mse"): hear the trap. A clip ends where the model says so: with the word "nothing" in book 0, or a yes-or-no beside the vector.
 
-    python -m nanogen train audio_lm --data fsdd --minutes 8 --pattern delay
+    python -m nanogen train audio_lm --data fsdd --minutes 4 --pattern delay
 
 Sources: Borsos et al. 2023, "AudioLM" (codec tokens as a language); Copet et al. 2023, "MusicGen" (the patterns); Li et al. 2024,
 "MAR" (a generation head for vectors). Different here: digit and speaker enter through AdaLN in every layer; END is part of
@@ -76,7 +76,7 @@ def pattern_steps(pattern: str, frames: int, books: int) -> Tensor:
     return frame + (book if pattern == "delay" else 0 * book)
 
 
-def count_steps(pattern: str, frames: int, books: int) -> int:
+def count_steps(pattern: str, frames: int, books: int) -> int:  # the last of them, plus one; known without a tensor
     return {"flat": frames * books, "parallel": frames, "delay": frames + books - 1}[pattern]
 
 

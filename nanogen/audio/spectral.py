@@ -17,7 +17,8 @@ import math
 import torch
 from torch import Tensor
 
-RATE = 8000  # samples per second
+from nanogen.data.folders import SAMPLE_RATE as RATE
+
 FLOOR = 1e-5  # the quietest magnitude told apart: 100 dB below full scale, about the rounding noise of 16 bits
 
 

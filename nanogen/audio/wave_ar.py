@@ -11,7 +11,7 @@ last d inputs in a ring, so that a new sample costs one column of the network, n
 Beautiful and slow: 4,000 steps for half a second, and 128 ms is less than a vowel: sounds like speech, says little. That
 is why the next chapters invent the codec and chain its tokens, 62.5 frames a second.
 
-    python -m nanogen train wave_ar --data fsdd --minutes 6
+    python -m nanogen train wave_ar --data fsdd --minutes 3
 
 Sources: van den Oord et al. 2016, "WaveNet" (dilated causal convolutions, gates, 256-way mu-law); Paine et al. 2016, "Fast
 WaveNet" (the rings); ITU-T G.711 (mu-law). Different here: one stack of ten layers, not three; the residual sum feeds the head
@@ -28,8 +28,8 @@ from torch import Tensor, nn
 
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
 from nanogen.blocks.transformer import ConditionEmbedding, WordVectors, drop_labels, norm
+from nanogen.data.folders import SAMPLE_RATE as RATE
 
-RATE = 8000  # samples per second
 MU = 255  # of mu-law: how strongly quiet samples are favoured
 SILENCE = 128  # the code of 0
 BOUNDARY = 256  # a word beside the 256 samples: going in "nothing before", coming out "the clip has ended"

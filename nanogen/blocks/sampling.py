@@ -5,6 +5,8 @@ import math
 import torch
 from torch import Tensor
 
+from nanogen.blocks.flow_matching import guided
+
 
 def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
     """One index for each row of log-odds (..., K) -> (...).
@@ -40,8 +42,7 @@ def apply_guidance(logits: Tensor, guidance: float) -> Tensor:
     """Log-odds of such a pass -> uncond + guidance (cond - uncond): (2 B, ...) -> (B, ...)."""
     if guidance == 1:
         return logits
-    cond, uncond = logits.chunk(2)
-    return uncond + guidance * (cond - uncond)
+    return guided(*logits.chunk(2), guidance)
 
 
 def reveal_schedule(count: int, steps: int) -> list[int]:

@@ -23,7 +23,7 @@ from torch import Tensor
 from nanogen import UserError
 from nanogen.data.folders import SAMPLE_RATE, read_picture, reason, resample
 from nanogen.lab import machine
-from nanogen.lab.files import content_hash, write_atomically
+from nanogen.lab.files import content_hash, write_atomically, write_npz
 from nanogen.lab.pictures import to_float, to_uint8
 from nanogen.lab.runs import Run
 
@@ -48,12 +48,7 @@ def encode(run: Run, file: Path, out: Path, kbps: float | None = None) -> dict:
     if np.issubdtype(tokens.dtype, np.integer):
         tokens = tokens.astype(np.min_scalar_type(run.model.vocabulary - 1))  # 256 words fit into a byte
     content = {"tokens": tokens, **facts, "chapter": np.array(run.chapter), "hash": np.array(content_hash(run.folder))}
-
-    def save(path: Path) -> None:
-        with open(path, "wb") as target:  # numpy would append .npz to a name
-            np.savez_compressed(target, **content)
-
-    write_atomically(Path(out), save)
+    write_npz(Path(out), content)
     return content
 
 

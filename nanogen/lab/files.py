@@ -4,6 +4,7 @@ import hashlib
 import os
 from pathlib import Path
 
+import numpy as np
 from torch import Tensor
 
 from nanogen import UserError
@@ -24,6 +25,16 @@ def write_atomically(path: Path, write) -> None:
         os.replace(partial, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         raise UserError(f"Cannot write {path} ({error}): is the disk full? What was there is kept.") from error
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Compressed, and all or nothing."""
+
+    def write(path: Path) -> None:
+        with open(path, "wb") as file:  # numpy would append .npz to a name
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
 
 
 def content_hash(folder: Path) -> str:

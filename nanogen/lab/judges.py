@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogen.audio.spectral import log_mel
+from nanogen.audio.spectral import RATE, log_mel
 from nanogen.lab import machine
 
 
@@ -52,7 +52,7 @@ class Judge(nn.Module):
 
     def pictures(self, waveforms: Tensor) -> Tensor:
         """Waveforms (B, T) -> their log-mel spectrograms, cut or padded to `seconds`: (B, 1, 64 bands, 63 frames)."""
-        samples = int(8000 * self.config.seconds)
+        samples = int(RATE * self.config.seconds)
         waveforms = F.pad(waveforms.float(), (0, max(0, samples - waveforms.shape[1])))[:, :samples]
         return self.standardise(log_mel(waveforms, hop=128)[:, None])
 

@@ -10,7 +10,6 @@ NANOGEN_RUNS is the folder of the runs, ../runs unless set: on Colab, a folder o
 NANOGEN_SMOKE=1 shrinks data and trainings to seconds, to test that a notebook runs. What it prints then means nothing.
 """
 
-import base64
 import html
 import inspect
 import io
@@ -29,8 +28,10 @@ from PIL.Image import Dither
 from PIL.Image import Image as Picture
 
 from nanogen.data.datasets import data_folder
+from nanogen.data.folders import SAMPLE_RATE
 from nanogen.lab import pictures
 from nanogen.lab.pictures import grid, loss_plot, png, save_gif
+from nanogen.lab.report import data_uri
 from nanogen.lab.runs import AUDIO, CHAPTERS, Run, find_recipe, load_run, run_name, train_run
 
 SMOKE = os.environ.get("NANOGEN_SMOKE") == "1"
@@ -119,22 +120,19 @@ def animate(frames: list[np.ndarray] | np.ndarray, columns: int = 10, scale: int
         display(Image(path.read_bytes()))
 
 
-def listen(waveforms, titles: list[str], rate: int = 8000, normalise: bool = False) -> None:
+def listen(waveforms, titles: list[str], rate: int = SAMPLE_RATE) -> None:
     """Players side by side, each with its title: waveforms (T,) in [-1, 1], kept in the notebook as WAV of 16 bits.
 
-    What is louder than 1 is cut off, as a loudspeaker does. normalise: every sound's peak at 0.9, where loudness would mislead.
-    Jupyter plays them; GitHub shows no players, which is why spectrograms stand beside them.
+    What is louder than 1 is cut off, as a loudspeaker does. Jupyter plays them; GitHub shows no players, which is why
+    spectrograms stand beside them.
     """
     players = []
     for waveform, title in zip(waveforms, titles, strict=True):
-        sound = np.asarray(waveform, dtype=np.float32)
-        if normalise:
-            sound = 0.9 * sound / max(np.abs(sound).max(), 1e-9)
         file = io.BytesIO()
-        soundfile.write(file, sound.clip(-1, 1), rate, "PCM_16", format="WAV")
-        source = "data:audio/wav;base64," + base64.b64encode(file.getvalue()).decode()
+        soundfile.write(file, np.asarray(waveform, dtype=np.float32).clip(-1, 1), rate, "PCM_16", format="WAV")
         players.append('<div style="display:inline-block; margin:4px 12px 4px 0"><div style="font-size:85%">' + html.escape(title)
-                       + f'</div><audio controls style="width:210px; height:34px" src="{source}"></audio></div>')
+                       + '</div><audio controls style="width:210px; height:34px" src="'
+                       + data_uri("audio/wav", file.getvalue()) + '"></audio></div>')
     display({"text/html": "".join(players), "text/plain": "to listen to: " + "; ".join(titles)}, raw=True)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from nanogen import UserError
 from nanogen.data.folders import SAMPLE_RATE
 from nanogen.lab import machine
-from nanogen.lab.files import make_folder, write_atomically
+from nanogen.lab.files import make_folder, write_atomically, write_npz
 from nanogen.lab.pictures import grid, png, save_gif, spectrograms, to_uint8
 from nanogen.lab.prepare import pad
 from nanogen.lab.runs import AUDIO, Run
@@ -74,19 +74,11 @@ def write_samples(drawn: dict[str, np.ndarray], growth: list[np.ndarray], out: P
     make_folder(out)
     count = len(drawn["images"])
     columns = 10 if count % 10 == 0 else 8
-    save_npz(drawn, out)
+    write_npz(out / "samples.npz", drawn)
     grid(drawn["images"][:200], columns).save(out / "grid.png")
     if growth:
         few = np.linspace(0, len(growth[0]) - 1, min(30, len(growth[0]))).astype(int)
         save_gif([moment[few] for moment in growth], out / "process.gif", columns=min(10, len(few)))
-
-
-def save_npz(drawn: dict[str, np.ndarray], out: Path) -> None:
-    def write(path: Path) -> None:
-        with open(path, "wb") as file:  # numpy would append .npz to a name
-            np.savez_compressed(file, **drawn)
-
-    write_atomically(out / "samples.npz", write)
 
 
 def number_of(said: str | int, names: list[str], kind: str, run: Run) -> int:
@@ -120,7 +112,7 @@ def sample_sounds(run: Run, label: Tensor, speakers: list[str] | None, seed: int
 def write_sound_samples(drawn: dict[str, np.ndarray], run: Run, out: Path) -> None:
     """samples.npz, and of up to 60 sounds, evenly spaced, <number>.wav and a spectrogram each."""
     make_folder(out)
-    save_npz(drawn, out)
+    write_npz(out / "samples.npz", drawn)
     for path in out.glob("[0-9]*.wav"):  # of samples that are no longer those in samples.npz
         path.unlink()
     total = len(drawn["labels"])
