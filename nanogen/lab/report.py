@@ -34,7 +34,7 @@ class Run:
     folder: Path
     config: dict
     log: list[dict]  # one dict per line of log.jsonl
-    metrics: dict  # flat: "group / name" where metrics.json is nested
+    metrics: dict  # name -> number, or group -> metrics
     remarks: list[str]  # what is damaged, in words
 
     @property
@@ -94,7 +94,7 @@ def read_run(folder: Path) -> Run:
                 log.append(dict(json.loads(line)))
             except (ValueError, TypeError):
                 remarks.append("log.jsonl has a damaged line, left out here: was the run killed as it wrote?")
-    return Run(folder, config, log, flat(metrics), list(dict.fromkeys(remarks)))
+    return Run(folder, config, log, metrics, list(dict.fromkeys(remarks)))
 
 
 def _read_json(path: Path, remarks: list[str]) -> dict:
@@ -161,7 +161,7 @@ def _card(run: Run, anchor: str) -> str:
         "parameters": run.number("parameters"),
     }
     items = [f"<div><dt>{_text(k)}</dt><dd>{_value(v)}</dd></div>" for k, v in facts.items() if v is not None]
-    rows = [{"metric": key, "value": value} for key, value in run.metrics.items()]
+    rows = [{"metric": key, "value": value} for key, value in run.metrics.items() if not isinstance(value, dict)]
     parts = [
         f'<article id="{anchor}"><h2>{_text(run.name)}</h2><p class="path">{_text(run.folder)}</p>',
         f"<dl>{''.join(items)}</dl>",
@@ -170,11 +170,26 @@ def _card(run: Run, anchor: str) -> str:
         f"<div>{_table(rows) if rows else _missing('No metrics yet: `evaluate` measures them.')}</div></div>",
         f'<div class="pair">{_samples(run)}</div>',
     ]
+    for rows in _groups(run.metrics):
+        parts.append(f"<details><summary>{_text(rows[0]['of'])} and the like</summary>{_table(rows)}</details>")
     settings = flat({key: run.config.get(key) for key in ("config", "training")})
     rows = [{"setting": key, "value": value} for key, value in settings.items() if value is not None]
     if rows:
         parts.append(f"<details><summary>Settings</summary>{_table(rows)}</details>")
     return "\n".join(parts) + "</article>"
+
+
+def _groups(metrics: dict, prefix: str = "") -> list[list[dict]]:
+    """The groups inside the metrics, a row each; those that begin with the same metric share a table."""
+    tables = {}
+    for group, values in metrics.items():
+        if isinstance(values, dict):
+            numbers = {name: value for name, value in values.items() if not isinstance(value, dict)}
+            row = {"of": prefix + group} | numbers
+            for rows in [[row] if numbers else [], *_groups(values, f"{prefix}{group}: ")]:
+                if rows:
+                    tables.setdefault(list(rows[0])[1], []).extend(rows)
+    return list(tables.values())
 
 
 def _loss(run: Run) -> str:
