@@ -255,6 +255,13 @@ def test_fsdd_is_checked_by_content_and_split_by_its_own_rule(host, tmp_path, mo
     assert sorted(map(len, data.train_waveforms)) == [55] * 4 + [62] * 4
     assert np.array_equal(data.test_waveforms[0] * 32768, clips["0_a_0.wav"])
     assert data.test_waveforms[0].dtype == np.float32
+    without = load("fsdd-without-a", tmp_path)
+    assert set(without.train_speakers) == {1} and set(without.test_speakers) == {0} and without.speaker_names == ["a", "b"]
+    assert [len(clip) for clip in without.train_waveforms] == [62, 55] * 2 and without.train_labels.tolist() == [0, 0, 7, 7]
+    assert np.array_equal(without.test_waveforms[0], data.test_waveforms[0]) and without.test_labels.tolist() == [0, 0, 7, 7]
+    for nobody in ("fsdd-without-c", "fsdd-without-"):
+        with pytest.raises(UserError, match="its speakers are a, b"):
+            load(nobody, tmp_path)
     truncated = host.files["/fsdd"][:200]
     (tmp_path / "fsdd.npz").unlink()
     host.files = {"/fsdd": truncated, "/older": truncated}

@@ -9,9 +9,11 @@ batches by indexing. Pictures are uint8 (N, H, W, 3), sounds a list of float32 (
     voices     8,800 spoken digits, 3 languages, 240 voices, with their truth; made here, by `voices.py`, from a seed
     a folder   pictures or sounds of one's own, one sub-folder per class
 
-The named ones are kept as <name>.npz in $NANOGEN_DATA, else in `data/`, whose README has hosts and licences.
+"fsdd-without-jackson" has one speaker in its test only: does what was learned from five serve a sixth? The named ones are
+kept as <name>.npz in $NANOGEN_DATA, else in `data/`, whose README has hosts and licences.
 """
 
+import dataclasses
 import hashlib
 import os
 import stat
@@ -27,6 +29,7 @@ from nanogen.data import drawing, phonemes, scenes, voices
 from nanogen.data.download import SOURCES, download, write_npz
 from nanogen.data.folders import SAMPLE_RATE, read_folder, reason
 
+WITHOUT = "-without-"  # fsdd-without-jackson
 REPOSITORY_DATA = Path(__file__).resolve().parents[2] / "data"
 
 
@@ -77,8 +80,10 @@ def load(name: str | Path, folder: Path | None = None, count: int | None = None)
     if name in ("scenes", "voices"):
         folders = [Path(folder)] if folder else [data_folder(), REPOSITORY_DATA]
         return load_scenes(folders, count) if name == "scenes" else load_voices(folders, count)
-    if name in SOURCES:
-        data = load_downloaded(name, Path(folder) if folder else data_folder())
+    whole, leaving_out, speaker = str(name).partition(WITHOUT)
+    if whole in SOURCES:
+        data = load_downloaded(whole, Path(folder) if folder else data_folder())
+        data = without(data, speaker) if leaving_out else data
     elif name and (own := Path(name).expanduser()).is_dir():
         fields = read_folder(own)
         data = (Images if "train_images" in fields else Sounds)(own.name, **fields)
@@ -86,6 +91,19 @@ def load(name: str | Path, folder: Path | None = None, count: int | None = None)
         choices = f"say {', '.join(SOURCES)}, scenes, voices or an existing folder"
         raise UserError(f"There is no data set or folder {str(name)!r}: {choices}.")
     return data if count is None else thin(data, count)
+
+
+def without(data: Images | Sounds, speaker: str) -> Sounds:
+    """All the other speakers to learn from, and this one's test clips. Names and numbers of the speakers stay."""
+    names = getattr(data, "speaker_names", [])
+    if speaker not in names:
+        raise UserError(f"{data.name} has no speaker {speaker!r} to leave out: its speakers are {', '.join(names) or 'none'}.")
+    parts = {}
+    for part in ("train", "test"):
+        chosen = np.flatnonzero((getattr(data, f"{part}_speakers") == names.index(speaker)) == (part == "test"))
+        parts[f"{part}_waveforms"] = [getattr(data, f"{part}_waveforms")[i] for i in chosen]
+        parts |= {key: getattr(data, key)[chosen] for key in (f"{part}_labels", f"{part}_speakers")}
+    return dataclasses.replace(data, name=data.name + WITHOUT + speaker, **parts)
 
 
 def thin(data: Images | Sounds, count: int) -> Images | Sounds:

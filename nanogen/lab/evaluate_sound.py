@@ -24,7 +24,7 @@ from nanogen.lab.files import make_folder
 from nanogen.lab.judges import accuracy, apply
 from nanogen.lab.metrics import frechet_distance, precision_recall
 from nanogen.lab.prepare import sound_tensors
-from nanogen.lab.runs import CHAPTERS, Run, voices
+from nanogen.lab.runs import CHAPTERS, Run
 from nanogen.lab.sampling import sample, write_sounds
 from nanogen.lab.sound_baselines import linear_prediction, mu_law
 from nanogen.lab.sound_metrics import mel_distance, real_time_factor, si_sdr, stoi
@@ -35,14 +35,14 @@ SHOWN = 6  # test clips whose reconstructions are kept to be listened to
 
 def evaluate_judge(run: Run, source: Sounds) -> dict:
     test = sound_tensors(source, "test", run.model.config.seconds)
-    numbers = opinion(run.model, test["waveforms"], test["labels"], test["speakers"], source)
+    numbers = opinion(run.model, test["waveforms"], test["labels"], test["speakers"])
     return {name.replace("class", "test"): value for name, value in numbers.items()}
 
 
-def opinion(expert: nn.Module, waveforms: Tensor, labels: Tensor, speakers: Tensor, source: Sounds) -> dict:
+def opinion(expert: nn.Module, waveforms: Tensor, labels: Tensor, speakers: Tensor) -> dict:
     """How often the judge hears in waveforms (N, T) the labels and the speakers (N,) that were meant."""
     numbers = {"class_accuracy": accuracy(apply(expert, waveforms), labels)}
-    if expert.config.second and int(speakers.max()) < voices(source):
+    if int(speakers.max()) < expert.config.second:
         numbers["speaker_accuracy"] = accuracy(apply(expert.second_answer, waveforms), speakers)
     return numbers
 
@@ -57,7 +57,7 @@ def evaluate_codec(run: Run, source: Sounds, expert: nn.Module, n: int) -> dict:
     waveforms, lengths = test["waveforms"], test["lengths"]
     originals = cut(waveforms, lengths)
     indices = apply(model.encode, waveforms, 50)  # (N, frames, books)
-    heard = opinion(expert, waveforms, test["labels"], test["speakers"], source)
+    heard = opinion(expert, waveforms, test["labels"], test["speakers"])
     numbers = {"clips": len(waveforms)} | {f"{name}_originals": value for name, value in heard.items()}
     shown = {"original": waveforms}
     for books in range(1, model.books + 1):
@@ -65,7 +65,7 @@ def evaluate_codec(run: Run, source: Sounds, expert: nn.Module, n: int) -> dict:
         versions = {"codec": apply(model.decode, indices[..., :books], 50)[:, : waveforms.shape[1]]}
         telephone, (rate, bits) = mu_law(waveforms.numpy(), kbps)
         versions |= {"mu_law": torch.from_numpy(telephone), "lpc": torch.from_numpy(linear_prediction(waveforms.numpy(), kbps))}
-        marks = {name: judge_copies(originals, decoded, lengths, test, source, expert) for name, decoded in versions.items()}
+        marks = {name: judge_copies(originals, decoded, lengths, test, expert) for name, decoded in versions.items()}
         marks["mu_law"] |= {"samples_per_second": rate, "bits_per_sample": bits}
         numbers[f"at {kbps:g} kbit/s"] = marks.pop("codec") | marks
         if books in (1, 2, model.books // 2, model.books):
@@ -82,7 +82,7 @@ def evaluate_codec(run: Run, source: Sounds, expert: nn.Module, n: int) -> dict:
     return numbers | {"kbps": model.kbps(model.books)} | codec_speed(model, originals)
 
 
-def judge_copies(originals: list[np.ndarray], decoded: Tensor, lengths: Tensor, test: dict, source: Sounds, expert) -> dict:
+def judge_copies(originals: list[np.ndarray], decoded: Tensor, lengths: Tensor, test: dict, expert: nn.Module) -> dict:
     """All numbers for one version (N, T) of the clips. STOI is that of all clips joined: single digits are too short."""
     decoded = decoded * (torch.arange(decoded.shape[1]) < lengths[:, None])  # what was padding stays silent
     copies = cut(decoded, lengths)
@@ -92,7 +92,7 @@ def judge_copies(originals: list[np.ndarray], decoded: Tensor, lengths: Tensor, 
     numbers |= {"mel_distance": mel_distance(*joined)}
     if len(joined[0]) > SAMPLE_RATE:
         numbers["stoi"] = stoi(*joined)
-    return numbers | opinion(expert, decoded, test["labels"], test["speakers"], source)
+    return numbers | opinion(expert, decoded, test["labels"], test["speakers"])
 
 
 @torch.no_grad()
@@ -152,7 +152,7 @@ def judge_sounds(waveforms: Tensor, labels: Tensor, speakers: Tensor, source: So
     return {
         "fd_nano": frechet_distance(features, real), "fd_nano_floor": frechet_distance(apply(expert.features, train[few]), real),
         "fd_nano_ceiling": frechet_distance(apply(expert.features, noise), real), "precision": precision, "recall": recall,
-    } | opinion(expert, waveforms, labels, speakers, source)
+    } | opinion(expert, waveforms, labels, speakers)
 
 
 @torch.no_grad()
