@@ -43,8 +43,8 @@ from nanogen.blocks.quantize import ResidualVQ
 
 @dataclass
 class Config:
-    widths: tuple[int, ...] = (24, 48, 96, 192, 256)  # channels: at the full rate, and after each stride
-    strides: tuple[int, ...] = (2, 4, 4, 4)  # how much shorter each level is; their product is the hop in samples
+    widths: tuple[int, ...] = (8, 128, 256)  # channels: at the full rate, and after each stride
+    strides: tuple[int, ...] = (16, 8)  # how much shorter each level is; their product is the hop in samples
     dilations: tuple[int, ...] = (1, 3)  # one residual unit each, at every level
     dim: int = 32  # numbers per frame, before and after quantization
     books: int = 8  # codebooks
@@ -52,11 +52,11 @@ class Config:
     dropout: float = 0.5  # share of training sounds that are sent with fewer books
     unquantized: float = 0.1  # share of training sounds that pass as vectors, for models of latents
     commitment: float = 10.0  # weight of the quantizer's loss, beside a gradient of norm 1 on the waveform
-    waveform: float = 1.0  # shares of the gradient on the waveform: of its L1 loss,
-    spectral: float = 2.0  # of the spectral loss,
-    adversarial: float = 1.0  # of the adversarial loss (0: no discriminator),
-    matching: float = 2.0  # of feature matching
-    adversary_after: int = 500  # steps of training before the discriminator begins
+    waveform: float = 0.4  # shares of the gradient on the waveform: of its L1 loss,
+    spectral: float = 4.0  # of the spectral loss,
+    adversarial: float = 0.3  # of the adversarial loss (0: no discriminator),
+    matching: float = 0.6  # of feature matching
+    adversary_after: int = 4000  # steps of training before the discriminator begins
     discriminator_width: int = 16  # channels of its first layer
     crop: int = 4096  # samples of each training row that one step hears
 
