@@ -53,7 +53,7 @@ class Config:
     width: int = 192  # features per step
     depth: int = 6  # blocks
     heads: int = 3  # attention heads
-    dropout: float = 0.1  # on every residual branch: 2,700 short clips are soon known by heart
+    dropout: float = 0.2  # on every residual branch: 2,700 short clips are soon known by heart
     label_dropout: float = 0.1  # share of training clips whose label and speaker are hidden, for guidance
     seconds: float = 0.8  # longest clip; longer ones are cut
     classes: int = 10  # number of labels
