@@ -38,7 +38,7 @@ def workplace(tmp_path_factory):
         for name in ("judge", "eye"):
             train_run("judge", "cifar10", quick | {"widths": (16, 16, 16)}, folder / f"runs/{name}-cifar10", quiet=True)
         train_run("tokenizer", "cifar10", quick | {"widths": (16, 16), "blocks": 1}, folder / "runs/tokenizer-cifar10", quiet=True)
-        train_run("codec", "fsdd", quick | {"widths": (4, 4, 4, 4, 4), "crop": 1024}, folder / "runs/codec-fsdd", quiet=True)
+        train_run("codec", "fsdd", quick | {"widths": (4, 4, 4), "crop": 1024}, folder / "runs/codec-fsdd", quiet=True)
     return folder
 
 

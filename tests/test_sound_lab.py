@@ -23,7 +23,7 @@ from nanogen.lab.train import draw_batch, train
 RANDOM = np.random.default_rng(0)
 QUICK = dict(steps=2, batch_size=4, compile=False)
 TINY = {
-    "judge": dict(widths=(16, 16, 16)), "codec": dict(widths=(4, 4, 8, 8, 16), dim=8, words=16, books=3, crop=1024, adversarial=0.0, matching=0.0),
+    "judge": dict(widths=(16, 16, 16)), "codec": dict(widths=(4, 8, 16), dim=8, words=16, books=3, crop=1024, adversarial=0.0, matching=0.0),
     "wave_ar": dict(width=16, layers=4, crop=256, seconds=0.4), "audio_lm": dict(width=32, depth=1, heads=2, books=2, seconds=0.4),
     "tokenizer": dict(codes=32, widths=(16, 16), blocks=1, perceptual=0.0),
 }

@@ -247,7 +247,7 @@ class AudioLM(nn.Module):
                 odds = apply_guidance(F.pad(self.end(h), (1, 0)).float(), guidance)  # of going on, 0, and of the end
                 frames = torch.where(draw(odds, generator, temperature).bool() & (frames > step), step, frames)
                 z, z_uncond = (h, None) if guidance == 1 else h.chunk(2)
-                vector = self.head.sample(z, head_steps or 16, temperature, generator, z_uncond, guidance)
+                vector = self.head.sample(z, head_steps, temperature, generator, z_uncond, guidance)
                 units[:, step + 1] = torch.where((frames > step)[:, None], vector, math.nan)
             else:
                 for book, frame in due[step]:
@@ -282,7 +282,7 @@ class AudioLM(nn.Module):
         """Clips of these labels by these speakers, (B,) each: (waveforms (B, T) in [-1, 1], lengths (B,) in samples).
 
         The pattern says how many steps there are; `steps` may only say the same. A clip stops at its own END, at the latest
-        after `seconds` of the Config. top_k, top_p: of words; head_steps: of the head, for latents, 16 unless told.
+        after `seconds` of the Config. top_k, top_p: of words; head_steps: of the head, for latents.
         cached=False recomputes the past at every step, to show what the cache saves.
         """
         if steps not in (None, 0, len(self.angles)):

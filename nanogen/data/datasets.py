@@ -63,6 +63,12 @@ class Sounds:
     truth: dict[str, np.ndarray] = field(default_factory=dict)  # voices: "train_language", "test_voice", ...
 
 
+def kind_of(name: str) -> type | None:
+    """Images or Sounds, if the name alone says so: a folder of one's own must be read first."""
+    kinds = {"cifar10": Images, "scenes": Images, "fsdd": Sounds, "voices": Sounds}
+    return kinds.get(name.partition(WITHOUT)[0])
+
+
 def data_folder() -> Path:
     """Where data is kept: $NANOGEN_DATA, else `data/` of the repository."""
     return Path(os.environ.get("NANOGEN_DATA") or REPOSITORY_DATA).expanduser()

@@ -43,7 +43,7 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
     count: as in `load`, for runs that were trained on a part of the data.
     """
     source = load_data(run.data, count)
-    check_kind(run.chapter, run.data, source)
+    check_kind(run.chapter, run.data, type(source))
     if not len(source.test_labels):
         raise UserError(f"{run.data} has nothing to test with: put at least two files into each class.")
     if run.chapter == "judge":

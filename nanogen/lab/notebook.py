@@ -84,7 +84,7 @@ def _short(name: str, value) -> str:
 def _tiny_run(chapter: str, data: str, overrides: dict, folder: Path) -> Run:
     """Three steps of a narrow network on a few pictures; before it, what it would train for minutes to stand on."""
     tiny = {"steps": 3, "batch_size": 16, "compile": False}
-    widths = {"flow": (32, 32, 32), "codec": (8, 8, 8, 8, 8)}.get(chapter)
+    widths = {"flow": (32, 32, 32), "codec": (8, 8, 8)}.get(chapter)
     narrow = {"width": 96, "depth": 2, "crop": 1024} | ({"widths": widths} if widths else {})
     eye = RUNS / f"eye-{data}"
     if chapter == "tokenizer" and not (eye / "model.safetensors").exists():

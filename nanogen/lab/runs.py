@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nanogen import UserError
 from nanogen.audio import audio_lm, codec, wave_ar
-from nanogen.data.datasets import WITHOUT, Images, Sounds
+from nanogen.data.datasets import WITHOUT, Images, Sounds, kind_of
 from nanogen.data.download import SOURCES
 from nanogen.data.folders import PICTURE_FILES, find_classes
 from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
@@ -92,11 +92,11 @@ def usual_data(chapter: str) -> str:
     return "fsdd" if chapter in AUDIO else "cifar10"
 
 
-def check_kind(chapter: str, data: str, source: Images | Sounds) -> None:
-    """Refuse to look at sounds, or to listen to pictures."""
-    if chapter in AUDIO and not isinstance(source, Sounds):
+def check_kind(chapter: str, data: str, kind: type | None) -> None:
+    """Refuse to look at sounds, or to listen to pictures. kind: Images or Sounds; None: not known yet."""
+    if chapter in AUDIO and kind is Images:
         raise UserError(f"{data} holds pictures, but {chapter} needs sounds: say fsdd, voices or a folder of your own.")
-    if chapter not in (*AUDIO, "judge") and not isinstance(source, Images):
+    if chapter not in (*AUDIO, "judge") and kind is Sounds:
         raise UserError(f"{data} holds sounds, but {chapter} needs pictures: say cifar10, scenes or a folder of your own.")
 
 
@@ -126,8 +126,9 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
         overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
         if (folder / "model.safetensors").exists() and not overrides:
             return load_run(folder)
+    check_kind(chapter, data, kind_of(str(data)))  # before anything is downloaded
     source = load_data(data, count)
-    check_kind(chapter, data, source)
+    check_kind(chapter, data, type(source))
     config, training = make_config(chapter, settings, overrides, source)
     base = base_run(chapter, config, data, folder, count, quiet)
     torch.manual_seed(training.seed)
