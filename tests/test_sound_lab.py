@@ -114,9 +114,18 @@ def test_what_a_codec_has_encoded_is_kept_in_its_folder(finished, monkeypatch):
 @pytest.mark.parametrize(("chapter", "data", "words"), [("flow", "fsdd", "holds sounds, but flow needs pictures"), ("codec", "scenes", "holds pictures, but codec needs sounds")])
 def test_pictures_for_ears_and_sounds_for_eyes_are_refused(chapter, data, words, tmp_path, monkeypatch):
     monkeypatch.setattr(runs, "recipes", lambda chapter: {name: {"first look": {"training": {}, "config": {}}} for name in ("cifar10", "fsdd")})
+    monkeypatch.setattr(runs, "load_data", None)  # which would download it
     with pytest.raises(UserError, match=words):
         train_run(chapter, data, {}, tmp_path / "run", count=10, quiet=True)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_of_pictures_is_refused_by_ears(tmp_path):
+    (tmp_path / "own/cat").mkdir(parents=True)
+    for i in range(3):
+        Image.new("RGB", (32, 32)).save(tmp_path / f"own/cat/{i}.png")
+    with pytest.raises(UserError, match="holds pictures, but codec needs sounds"):
+        train_run("codec", str(tmp_path / "own"), {}, tmp_path / "run", quiet=True)
 
 
 def test_a_folder_of_ones_own_sounds_is_treated_like_fsdd(tmp_path):
