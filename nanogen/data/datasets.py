@@ -63,10 +63,15 @@ class Sounds:
     truth: dict[str, np.ndarray] = field(default_factory=dict)  # voices: "train_language", "test_voice", ...
 
 
+def whole(name: str) -> str:
+    """The data set with all its speakers: fsdd-without-jackson -> fsdd; any other name as it is."""
+    first = str(name).partition(WITHOUT)[0]
+    return first if first in SOURCES else str(name)
+
+
 def kind_of(name: str) -> type | None:
     """Images or Sounds, if the name alone says so: a folder of one's own must be read first."""
-    kinds = {"cifar10": Images, "scenes": Images, "fsdd": Sounds, "voices": Sounds}
-    return kinds.get(name.partition(WITHOUT)[0])
+    return {"cifar10": Images, "scenes": Images, "fsdd": Sounds, "voices": Sounds}.get(whole(name))
 
 
 def data_folder() -> Path:
@@ -86,10 +91,9 @@ def load(name: str | Path, folder: Path | None = None, count: int | None = None)
     if name in ("scenes", "voices"):
         folders = [Path(folder)] if folder else [data_folder(), REPOSITORY_DATA]
         return load_scenes(folders, count) if name == "scenes" else load_voices(folders, count)
-    whole, leaving_out, speaker = str(name).partition(WITHOUT)
-    if whole in SOURCES:
-        data = load_downloaded(whole, Path(folder) if folder else data_folder())
-        data = without(data, speaker) if leaving_out else data
+    if whole(name) in SOURCES:
+        data = load_downloaded(whole(name), Path(folder) if folder else data_folder())
+        data = without(data, str(name).partition(WITHOUT)[2]) if name != whole(name) else data
     elif name and (own := Path(name).expanduser()).is_dir():
         fields = read_folder(own)
         data = (Images if "train_images" in fields else Sounds)(own.name, **fields)

@@ -26,8 +26,7 @@ from torch import Tensor, nn
 
 from nanogen import UserError
 from nanogen.audio import audio_lm, codec, wave_ar
-from nanogen.data.datasets import WITHOUT, Images, Sounds, kind_of
-from nanogen.data.download import SOURCES
+from nanogen.data.datasets import Images, Sounds, kind_of, whole
 from nanogen.data.folders import PICTURE_FILES, find_classes
 from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab import judges, machine
@@ -205,8 +204,7 @@ def eye(data: str, folder: Path, count: int | None, quiet: bool) -> nn.Module:
 
 def judge(data: str, folder: Path = Path("runs"), count: int | None = None, quiet: bool = False) -> nn.Module:
     """The judge of a data set, kept in `folder`: loaded, or trained now and said so. It has heard every speaker."""
-    whole = str(data).partition(WITHOUT)[0]
-    data = whole if whole in SOURCES else data
+    data = whole(data)
     place = Path(folder) / run_name("judge", data, {})
     if not (place / "model.safetensors").exists():
         say(quiet, f"Evaluation needs a judge; {place} is not there, so it is trained first.")
