@@ -15,6 +15,8 @@
 
 import argparse
 import dataclasses
+import inspect
+import re
 import sys
 from pathlib import Path
 
@@ -35,8 +37,9 @@ def main(arguments: list[str] | None = None) -> int:
     commands.add_parser("tour", help="ten chapters, tiny (also without a command)").add_argument("--out", default="runs/tour")
     add = commands.add_parser("list", help="chapters, data sets, recipes")
     add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
-    add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration")
-    add.add_argument("chapter")
+    add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration", add_help=False)
+    add.add_argument("chapter", nargs="?")
+    add.add_argument("-h", "--help", action="store_true", help="the fields of this chapter, and what they mean")
     add.add_argument("--data", help="cifar10, scenes, fsdd, voices or a folder of your own pictures or sounds (cifar10, fsdd)")
     add.add_argument("--recipe", default="first look", help="which recipe: 'first look' or 'full'")
     add.add_argument("--out", help="the run's folder (runs/CHAPTER-DATA)")
@@ -92,22 +95,34 @@ def main(arguments: list[str] | None = None) -> int:
 def train_command(options, rest: list[str]) -> None:
     from nanogen.lab.runs import train_run
 
-    overrides = parse_fields(options.chapter, rest)
+    if options.chapter is None:
+        raise UserError("Which chapter? python -m nanogen list has them, python -m nanogen train CHAPTER --help what can be set.")
+    fields = field_parser(options.chapter)
+    if options.help:
+        return fields.print_help()
+    rest = [re.sub("^--[^=]+", lambda name: name[0][:2] + name[0][2:].replace("-", "_"), part) for part in rest]  # --batch-size
+    overrides = vars(fields.parse_args(rest))
     run = train_run(options.chapter, options.data, overrides, options.out, options.recipe, options.resume)
     print(f"Done: {run.folder}. Next: python -m nanogen evaluate {run.folder}")
 
 
-def parse_fields(chapter: str, rest: list[str]) -> dict:
-    """--FIELD VALUE ... -> {field: value} with the types of the chapter's Config and of Training."""
+def field_parser(chapter: str) -> Parser:
+    """--FIELD VALUE ... -> {field: value}, with the types of the chapter's Config and of Training; the comments are the help."""
     from nanogen.lab.runs import CHAPTERS, find_recipe, usual_data
     from nanogen.lab.train import Training
 
     find_recipe(chapter, usual_data(chapter))  # refuses an unknown chapter
-    parser = Parser(f"nanogen train {chapter}", argument_default=argparse.SUPPRESS)
-    for field in dataclasses.fields(CHAPTERS[chapter].Config) + dataclasses.fields(Training):
-        kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
-        parser.add_argument(f"--{field.name.replace('_', '-')}", f"--{field.name}", dest=field.name, type=kind)
-    return vars(parser.parse_args(rest))
+    usage = f"python -m nanogen train {chapter} [--data DATA] [--recipe RECIPE] [--out FOLDER] [--resume] [--FIELD VALUE ...]"
+    parser = Parser(f"nanogen train {chapter}", usage, add_help=False, argument_default=argparse.SUPPRESS)
+    for title, config in (("the model", CHAPTERS[chapter].Config), ("training", Training)):
+        group, source = parser.add_argument_group(f"{title} (recipes may say otherwise)"), inspect.getsource(config)
+        for field in dataclasses.fields(config):
+            kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
+            default = ",".join(map(str, field.default)) if kind is numbers else field.default
+            comment = re.search(rf"^ +{field.name}:[^#\n]*#(.*)", source, re.MULTILINE)
+            text = f"{comment[1].strip() if comment else ''} ({default})".replace("%", "%%")
+            group.add_argument(f"--{field.name}", type=kind, metavar="", help=text)
+    return parser
 
 
 def truth(text: str) -> bool:

@@ -63,6 +63,12 @@ def test_evaluate_trains_the_judge_it_needs_and_prints_a_table(run_folder, own_p
     assert "fd_nano" in out and "class_accuracy" in out and (run_folder / "metrics.json").exists()
 
 
+def test_help_of_a_chapter_says_what_every_field_means(capsys):
+    assert main(["train", "var", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--depth blocks (6)" in said and "--lr peak learning rate" in said and "--scales" not in said
+
+
 def test_list_names_every_chapter(capsys):
     assert main(["list"]) == 0
     out = capsys.readouterr().out
