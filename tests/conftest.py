@@ -51,7 +51,7 @@ def tiny(chapter: str, grid: int = 4, asleep: bool = False, **fields) -> nn.Modu
     small = dict(width=32, depth=2, heads=2, classes=3) | fields
     vq = tiny_tokenizer(grid=grid) if chapter in ("token_ar", "maskgit") else None
     kl = tiny_tokenizer("kl", grid=grid) if chapter in ("dit", "mar") else None
-    multiscale = tiny_tokenizer("multiscale", grid=grid, code_dim=4) if chapter == "var" else None
+    multiscale = tiny_tokenizer("multiscale", grid=grid, code_dim=4, scales=(1, 2, 3, 4)) if chapter == "var" else None
     torch.manual_seed(1)
     model = {
         "pixel_ar": lambda: pixel_ar.PixelAR(pixel_ar.Config(**small, size=grid)),

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from nanogen.audio import spectral
-from nanogen.audio.codec import Balancer, Codec, Config, spectral_loss
+from nanogen.audio.codec import Balancer, Codec, Config, by_strangers, spectral_loss
 from nanogen.lab.train import train
 
 
@@ -220,3 +220,19 @@ def test_without_gradients_the_loss_is_the_reconstruction():
     with torch.no_grad():
         loss, numbers = codec.loss({"waveforms": torch.rand(2, 8192)})
     assert loss.isfinite() and int(codec.steps) == 0 and "discriminator" not in numbers
+
+
+def test_what_strangers_say_is_higher_when_faster_and_only_as_coloured_as_asked():
+    tone = torch.sin(2 * torch.pi * 500 * torch.arange(4096) / 8000).expand(2, -1)
+    higher = by_strangers(tone, 3072, colour=0.0)
+    expected = torch.sin(2 * torch.pi * 500 * 4 / 3 * torch.arange(3072) / 8000)
+    assert (higher - expected)[:, 100:-100].abs().max() < 0.05  # the ends of the stretch meet
+    torch.manual_seed(0)
+    levels = by_strangers(tone, 4096, colour=0.5).std(dim=1)
+    assert levels[0] / levels[1] > 1.2 or levels[1] / levels[0] > 1.2  # each through its own equaliser
+
+
+def test_training_with_strangers_hears_stretches_of_the_usual_length():
+    model = tiny_codec(crop=400, speed=0.3, colour=0.5).train()
+    assert {model.crop(torch.randn(2, 500)).shape for _ in range(10)} == {(2, 400)}
+    assert model.eval().crop(torch.arange(500.0)[None]).tolist() == [list(range(400))]

@@ -59,6 +59,8 @@ class Config:
     adversary_after: int = 4000  # steps of training before the discriminator begins
     discriminator_width: int = 16  # channels of its first layer
     crop: int = 4096  # samples of each training row that one step hears
+    speed: float = 0.0  # other voices: a step plays its sounds up to this share faster or slower
+    colour: float = 0.0  # other microphones: strength of a random equaliser for each sound; 0.5: about 8 dB
 
 
 WINDOWS = (64, 128, 256, 512, 1024)  # samples: of the spectral loss
@@ -112,9 +114,14 @@ class Codec(nn.Module):
 
     def crop(self, waveforms: Tensor) -> Tensor:
         """The stretch that this step hears, (B, T) -> (B, crop) or shorter: anywhere in training, the first otherwise."""
-        spare = max(waveforms.shape[1] - self.config.crop, 0)
-        start = int(torch.randint(spare + 1, ())) if self.training else 0
-        return waveforms[:, start : start + self.config.crop]
+        size = length = min(self.config.crop, waveforms.shape[1])
+        if not self.training:
+            return waveforms[:, :size]
+        if self.config.speed:
+            length = min(int(size * (1 + self.config.speed * (2 * torch.rand(()).item() - 1))), waveforms.shape[1])
+        start = int(torch.randint(waveforms.shape[1] - length + 1, ()))
+        stretch = waveforms[:, start : start + length]
+        return by_strangers(stretch, size, self.config.colour) if self.config.speed or self.config.colour else stretch
 
     @torch.no_grad()
     def latents(self, waveforms: Tensor, memory: dict | None = None) -> Tensor:
@@ -264,6 +271,15 @@ class Decoder(nn.Module):
 
 
 # ------------------------------------------------------------------------------------ losses
+
+
+def by_strangers(waveforms: Tensor, size: int, colour: float) -> Tensor:
+    """The same words from other mouths into other microphones: waveforms (B, T), played so fast that they take `size` samples,
+    which moves pitch and formants, each through its own equaliser. Both are done on the spectrum of the whole stretch."""
+    spectrum = torch.fft.rfft(waveforms)
+    waves = torch.cos(math.pi * torch.arange(5)[:, None] * torch.linspace(0, 1, spectrum.shape[1]))  # 0 to 2 bumps over the band
+    gain = (colour * torch.randn(len(waveforms), 5) @ waves).exp().to(waveforms.device)
+    return torch.fft.irfft(spectrum * gain, n=size) * (size / waveforms.shape[1])  # more bins than before are 0, fewer are cut
 
 
 def spectral_loss(decoded: Tensor, waveforms: Tensor) -> Tensor:

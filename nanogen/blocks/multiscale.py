@@ -1,7 +1,7 @@
 """Multi-scale residual VQ: features as a thumbnail, and then, scale by scale, what the picture so far still lacks.
 
     total = 0
-    for scale in 1, 2, 3, 4, 6, 8:
+    for scale in 1, 2, 4, 8:
         residual = features - total
         tokens   = nearest codes of the residual, shrunk to scale x scale
         total    = total + phi(codes, enlarged to the full grid)

@@ -39,7 +39,7 @@ class Config:
     codes: int = 1024  # vq, multiscale: size of the vocabulary
     code_dim: int = 8  # vq, multiscale: dimension in which codes are compared
     levels: tuple[int, ...] = (8, 5, 5, 5)  # fsq: values per channel; their product is the vocabulary
-    scales: tuple[int, ...] = (1, 2, 3, 4, 6, 8)  # multiscale: sides of the grids of tokens; those above the grid's are left out
+    scales: tuple[int, ...] = (1, 2, 4, 8)  # multiscale: sides of the grids of tokens; those above the grid's are left out
     without: str = "nothing"  # multiscale: what to do without, to see what it is good for: revival, phi, whitening, detaching
     channels: int = 8  # kl and none: numbers per token
     kl: float = 1e-4  # kl: weight of the pull towards N(0, 1), per latent number

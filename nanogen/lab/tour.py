@@ -17,14 +17,14 @@ PICTURES, CLIPS = 20_000, 2_000  # of the sets made by code, which the tour make
 SHOWN = ("minutes", "psnr", "bits_per_dim", "stoi", "fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy",
          "seconds_per_picture", "seconds_per_second_of_sound")
 BENEATH = (("judge", "judge", "scenes", "tour", {}), ("judge", "eye", "scenes", "tour eye", {}),  # what the chapters need:
-           ("tokenizer", "tokenizer-multiscale", "scenes", "tour", {"bottleneck": "multiscale", "codes": 32}),
+           ("tokenizer", "tokenizer-multiscale", "scenes", "tour", {"bottleneck": "multiscale", "codes": 184}),
            ("judge", "judge", "voices", "tour", {}))  # chapter, name of the run, data, recipe, fields
 STORY = {
     "pixel_ar": "Everything is a chain: a picture drawn number by number, 8x8 pixels, because each pixel costs a pass.",
     "tokenizer": "Units that mean more: 64 tokens a picture. Rows of originals and of their reconstructions.",
     "token_ar": "The same chain, over tokens: row by row, 64 passes.",
     "maskgit": "Breaking the order: all tokens at once, the surest first, 12 passes.",
-    "var": "Breaking it again: a thumbnail first, then scale by scale, 6 passes.",
+    "var": "Breaking it again: a thumbnail first, then scale by scale, 4 passes.",
     "mar": "Tokens without a vocabulary: patches of pixels, each drawn by a tiny flow on top of the Transformer, 12 passes.",
     "flow": "No units at all: noise carried to a picture along nearly straight lines, 16 passes.",
     "meanflow": "The same in one pass: the average velocity, learned.",
