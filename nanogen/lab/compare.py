@@ -30,8 +30,9 @@ METHODS = {  # name -> chapter, fields of its Config
     "flow": ("flow", {}), "meanflow": ("meanflow", {}),
 }
 NOTE = """A few minutes each, as laptops have them: after a month, orders have turned round. Tokenizer minutes contain those of
-the eye behind the perceptual loss; training FLOPs, estimated from the products in one step, those of the tokenizer. Evaluations:
-of the network for a picture, two a step under guidance; of mar's head, for a token. pixel_ar draws fewer pixels."""
+the eye behind the perceptual loss; training TFLOPs (1e12 operations), estimated from the products in one step, those of the
+tokenizer. Evaluations: of the network for a picture, two a step under guidance; of mar's head, for a token. pixel_ar draws
+fewer pixels."""
 
 
 def compare(data: str, minutes: float, out: Path, n: int = 500, seeds: int = 1, count: int | None = None) -> list[dict]:
@@ -91,7 +92,7 @@ def costs(run: Run, source: Images) -> dict:
     sample(run, 2)
     for hook in hooks:
         hook.remove()
-    return row | {"training FLOPs": flops} | {name: passes[name] / 2 / rows for name, (_, rows) in parts.items()}
+    return row | {"training TFLOPs": flops / 1e12} | {name: passes[name] / 2 / rows for name, (_, rows) in parts.items()}
 
 
 def training_flops(run: Run, source: Images, base: Run | None = None) -> float:
