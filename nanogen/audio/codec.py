@@ -52,10 +52,10 @@ class Config:
     dropout: float = 0.5  # share of training sounds that are sent with fewer books
     unquantized: float = 0.1  # share of training sounds that pass as vectors, for models of latents
     commitment: float = 10.0  # weight of the quantizer's loss, beside a gradient of norm 1 on the waveform
-    waveform: float = 0.4  # shares of the gradient on the waveform: of its L1 loss,
-    spectral: float = 4.0  # of the spectral loss,
-    adversarial: float = 0.3  # of the adversarial loss (0: no discriminator),
-    matching: float = 0.6  # of feature matching
+    waveform: float = 0.4  # share of the L1 loss in the gradient on the waveform
+    spectral: float = 4.0  # share of the spectral loss
+    adversarial: float = 0.3  # share of the adversarial loss; 0: no discriminator
+    matching: float = 0.6  # share of feature matching
     adversary_after: int = 4000  # steps of training before the discriminator begins
     discriminator_width: int = 16  # channels of its first layer
     crop: int = 4096  # samples of each training row that one step hears

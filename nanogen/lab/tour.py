@@ -8,6 +8,7 @@ Nothing is downloaded. The budgets are the recipes named "tour": enough to see e
 import time
 from pathlib import Path
 
+from nanogen.image import var
 from nanogen.lab import machine
 from nanogen.lab.evaluate import evaluate, show, table
 from nanogen.lab.report import write
@@ -17,7 +18,7 @@ PICTURES, CLIPS = 20_000, 2_000  # of the sets made by code, which the tour make
 SHOWN = ("minutes", "psnr", "bits_per_dim", "stoi", "fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy",
          "seconds_per_picture", "seconds_per_second_of_sound")
 BENEATH = (("judge", "judge", "scenes", "tour", {}), ("judge", "eye", "scenes", "tour eye", {}),  # what the chapters need:
-           ("tokenizer", "tokenizer-multiscale", "scenes", "tour", {"bottleneck": "multiscale", "codes": 184}),
+           ("tokenizer", "tokenizer-multiscale", "scenes", "tour", var.stands_on(var.Config())[1]),
            ("judge", "judge", "voices", "tour", {}))  # chapter, name of the run, data, recipe, fields
 STORY = {
     "pixel_ar": "Everything is a chain: a picture drawn number by number, 8x8 pixels, because each pixel costs a pass.",
