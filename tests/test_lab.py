@@ -46,6 +46,21 @@ def test_muon_follows_every_direction_of_a_matrix_by_about_the_same_amount(shape
     assert torch.allclose(orthogonalize(1000 * matrix), direction, atol=1e-4)  # the size of the gradient says nothing
 
 
+def test_muon_treats_matrices_of_one_shape_together_as_it_treats_each_alone():
+    weights = [nn.Parameter(torch.randn(size)) for size in ((8, 4), (8, 4), (4, 4, 2, 1), (8, 4))]
+    for weight in weights:
+        weight.grad = torch.randn_like(weight)
+    alone = [nn.Parameter(weight.detach().clone()) for weight in weights]
+    for one, weight in zip(alone, weights, strict=True):
+        one.grad = weight.grad.clone()
+    together, each = Muon(weights, lr=0.1), [Muon([one], lr=0.1) for one in alone]
+    for _ in range(3):
+        for optimizer in (together, *each):
+            optimizer.step()
+    for one, weight in zip(alone, weights, strict=True):
+        torch.testing.assert_close(one, weight)
+
+
 def test_a_step_of_muon_is_as_large_as_one_of_adamw():
     weight = nn.Parameter(torch.zeros(64, 32, 1, 1))
     weight.grad = torch.randn_like(weight)

@@ -10,20 +10,22 @@ Liu et al. 2025, "Muon is Scalable for LLM Training" (0.2 sqrt(max(rows, columns
 Different here: convolution kernels count as matrices of (out, in * height * width).
 """
 
+from collections import defaultdict
+
 import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(matrix: Tensor, steps: int = 5) -> Tensor:
-    """(rows, columns) -> about U V^T of its singular value decomposition: singular values in 0.7 to 1.2."""
+def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+    """(..., rows, columns) -> about U V^T of each one's singular value decomposition: singular values in 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # chosen for the steepest slope at 0, not for convergence to exactly 1
-    x = matrix / (matrix.norm() + 1e-7)
-    transposed = x.shape[0] > x.shape[1]
-    x = x.T if transposed else x  # the smaller side squared is cheaper
+    x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
+    transposed = x.shape[-2] > x.shape[-1]
+    x = x.mT if transposed else x  # the smaller side squared is cheaper
     for _ in range(steps):
-        gram = x @ x.T
+        gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.T if transposed else x
+    return x.mT if transposed else x
 
 
 class Muon(torch.optim.Optimizer):
@@ -36,15 +38,19 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self) -> None:
         for group in self.param_groups:
+            alike = defaultdict(list)  # blocks repeat their shapes: one product for all of them keeps a GPU busy
             for p in (p for p in group["params"] if p.grad is not None):
-                state = self.state[p]
-                velocity = state.setdefault("velocity", torch.zeros_like(p))
-                velocity.lerp_(p.grad, 1 - group["momentum"])
-                look_ahead = torch.lerp(p.grad, velocity, group["momentum"])  # Nesterov
-                direction = orthogonalize(look_ahead.flatten(1).to(self.dtype))
-                scale = 0.2 * max(direction.shape) ** 0.5  # the root mean square of an AdamW step
-                p.mul_(1 - group["lr"] * group["weight_decay"])
-                p.add_(direction.view_as(p), alpha=-group["lr"] * scale)
+                alike[p.shape].append(p)
+            for weights in alike.values():
+                gradients = [p.grad for p in weights]
+                velocities = [self.state[p].setdefault("velocity", torch.zeros_like(p)) for p in weights]
+                torch._foreach_lerp_(velocities, gradients, 1 - group["momentum"])
+                look_ahead = torch._foreach_lerp(gradients, velocities, group["momentum"])  # Nesterov
+                directions = orthogonalize(torch.stack([matrix.flatten(1).to(self.dtype) for matrix in look_ahead]))
+                scale = 0.2 * max(directions.shape[1:]) ** 0.5  # the root mean square of an AdamW step
+                torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+                steps = [direction.view_as(p).to(p.dtype) for direction, p in zip(directions, weights, strict=True)]
+                torch._foreach_add_(weights, steps, alpha=-group["lr"] * scale)
 
 
 def make_optimizers(model: nn.Module, kind: str, lr: float, weight_decay: float, dtype) -> list:

@@ -12,6 +12,7 @@ Different from most loops: the moving average (EMA) covers a fixed *share* of th
 10,000 steps, right for a week of training, has not forgotten the random start after ten minutes.
 """
 
+import functools
 import json
 import math
 import os
@@ -133,7 +134,7 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     count = len(next(iter(data.values())))
     size = min(options.batch_size, count)
     epoch, position = divmod(step, count // size)
-    order = torch.randperm(count, generator=torch.Generator().manual_seed(options.seed + 7919 * epoch))
+    order = shuffled(count, options.seed + 7919 * epoch)
     index = order[position * size : (position + 1) * size][rank::world].to(next(iter(data.values())).device)
     batch = {name: tensor[index] for name, tensor in data.items()}
     if "images" in batch:
@@ -143,6 +144,12 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
             images = torch.where(mirrored.to(images.device)[:, None, None, None], images.flip(-1), images)
         batch["images"] = images
     return batch
+
+
+@functools.lru_cache(maxsize=1)
+def shuffled(count: int, seed: int) -> Tensor:
+    """The order of an epoch. Kept from step to step: drawing it takes as long as a small network's pass on a GPU."""
+    return torch.randperm(count, generator=torch.Generator().manual_seed(seed))
 
 
 def update_average(average: dict[str, Tensor], model: nn.Module, step: int, share: float) -> None:
