@@ -3,6 +3,7 @@
 import os
 
 os.environ["NANOGEN_PRECISION"] = "float32"  # before anything measures it
+os.environ["NANOGEN_DEVICE"] = "cpu"  # the same sums everywhere; test_accelerator.py looks for a GPU
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import numpy as np

@@ -13,7 +13,9 @@ import torch
 
 @functools.cache
 def device() -> torch.device:
-    """CUDA if there is a GPU, then Apple's MPS, else the CPU."""
+    """CUDA if there is a GPU, then Apple's MPS, else the CPU. NANOGEN_DEVICE=cpu (or cuda, mps) overrides the choice."""
+    if wanted := os.environ.get("NANOGEN_DEVICE"):
+        return torch.device(wanted)
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -30,7 +32,8 @@ def precision() -> torch.dtype:
         return getattr(torch, wanted)
     if device().type == "mps":
         return torch.float32
-    operands = {dtype: torch.ones(1024, 1024, device=device(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    side = 1024 if device().type == "cpu" else 4096  # on a GPU, small products take as long as it takes to ask for them
+    operands = {dtype: torch.ones(side, side, device=device(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(operands, float("inf"))
     for _ in range(20):  # in turn, and the fastest of each counts: other programs on the machine only ever add time
         for dtype, a in operands.items():

@@ -72,7 +72,7 @@ def fingerprint(source: Images | Sounds, config, flip: bool, base: str) -> str:
 
 @torch.no_grad()
 def prepare(model: nn.Module, source: Images | Sounds, config, flip: bool = True, base=None) -> dict[str, Tensor]:
-    """The training data as the model wants it; with `flip`, what is encoded from pictures is encoded mirrored, too."""
+    """The training data as the model wants it, on the CPU; with `flip`, what is encoded is encoded mirrored, too."""
     if isinstance(source, Sounds):
         return prepare_sounds(model, source, config)
     images = to_tensor(source.train_images, config.size)
@@ -89,8 +89,8 @@ def prepare(model: nn.Module, source: Images | Sounds, config, flip: bool = True
         for x, y in zip(images.split(500), labels.split(500), strict=True):
             x = (x.flip(-1) if mirrored else x).to(machine.device()).float() / 127.5 - 1
             with machine.autocast():
-                for name, tensor in model.prepare(x, y).items():
-                    parts.setdefault(name, []).append(tensor)
+                for name, tensor in model.prepare(x, y.to(machine.device())).items():
+                    parts.setdefault(name, []).append(tensor.cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
@@ -117,7 +117,7 @@ def prepare_sounds(model: nn.Module, source: Sounds, config) -> dict[str, Tensor
     for rows in zip(*(tensor.split(100) for tensor in clips.values()), strict=True):
         with machine.autocast():
             for name, tensor in model.prepare(*(row.to(machine.device()) for row in rows)).items():
-                parts.setdefault(name, []).append(tensor)
+                parts.setdefault(name, []).append(tensor.cpu())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
