@@ -41,7 +41,7 @@ def main(arguments: list[str] | None = None) -> int:
     add.add_argument("chapter", nargs="?")
     add.add_argument("-h", "--help", action="store_true", help="the fields of this chapter, and what they mean")
     add.add_argument("--data", help="cifar10, scenes, fsdd, voices or a folder of your own pictures or sounds (cifar10, fsdd)")
-    add.add_argument("--recipe", default="first look", help="which recipe: 'first look' or 'full'")
+    add.add_argument("--recipe", default="first look", help="which recipe: 'first look', 'full' or 'gpu' (list)")
     add.add_argument("--out", help="the run's folder (runs/CHAPTER-DATA)")
     add.add_argument("--resume", action="store_true", help="go on with the run in that folder")
     add = commands.add_parser("sample", help="draw pictures or sounds from a run")

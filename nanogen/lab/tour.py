@@ -85,10 +85,11 @@ def recipe_rows(sound: bool) -> list[dict]:
             for name, recipe in by_name.items():
                 if "tour" in name or sound != (data in ("fsdd", "voices")):
                     continue
-                measured = recipe.get("expected", {})
+                measured, training = recipe.get("expected", {}), recipe["training"]
                 stands_on = getattr(module, "stands_on", None)
                 base = stands_on(module.Config(**recipe["config"])) if stands_on else None
-                rows.append({"chapter": chapter, "data": data, "recipe": name, "minutes": recipe["training"]["minutes"],
+                budget = f"{training['steps']} steps" if "steps" in training else f"{training['minutes']:g} min"
+                rows.append({"chapter": chapter, "data": data, "recipe": name, "budget": budget,
                              "stands on": " ".join([base[0], *(f"({kind})" for kind in base[1].values())]) if base else "-"}
                             | {heading: show(measured[key]) if key in measured else "-"
                                for key, heading in (SOUND_NUMBERS if sound else PICTURE_NUMBERS).items()})
