@@ -3,11 +3,14 @@
 import math
 
 import pytest
+import torch
 
+from nanogen import UserError
 from nanogen.lab import machine
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.runs import AUDIO, load_run, train_run
 from nanogen.lab.sampling import sample
+from nanogen.lab.train import Training, draw_batch
 
 SMALL = dict(width=32, depth=1, heads=2)
 UNET = dict(widths=(16, 32), width=32)
@@ -53,11 +56,23 @@ def runs(accelerator, tmp_path_factory):
             for name, (chapter, data, fields) in RUNS.items()}
 
 
-def test_the_choice_can_be_overruled(monkeypatch):
+@pytest.fixture
+def chosen(monkeypatch):
+    """Chooses a device by name, as a user would."""
+    yield lambda name: (forget(), monkeypatch.setenv("NANOGEN_DEVICE", name))
     forget()
-    monkeypatch.setenv("NANOGEN_DEVICE", "meta")
-    assert machine.device().type == "meta"
-    forget()
+
+
+def test_a_batch_goes_to_the_device_that_was_chosen(chosen):
+    chosen("meta")  # computes nothing, but every torch has it
+    data = {"images": torch.zeros(8, 3, 4, 4, dtype=torch.uint8), "labels": torch.zeros(8, dtype=torch.long)}
+    assert {tensor.device.type for tensor in draw_batch(data, 0, Training(batch_size=4)).values()} == {"meta"}
+
+
+def test_a_device_that_is_not_there_is_a_sentence(chosen):
+    chosen("abacus")
+    with pytest.raises(UserError, match="NANOGEN_DEVICE=abacus"):
+        machine.device()
 
 
 @pytest.mark.parametrize("name", RUNS)

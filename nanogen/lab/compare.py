@@ -99,7 +99,7 @@ def training_flops(run: Run, source: Images, base: Run | None = None) -> float:
     """Those of a step on 8 pictures, there and back, scaled to all the pictures that the run has seen."""
     few = replace(source, train_images=source.train_images[:8], train_labels=source.train_labels[:8])
     tensors = runs.prepare(run.model, few, run.model.config, flip=False, base=base)
-    batch = draw_batch({name: x.to(machine.device()) for name, x in tensors.items()}, 0, Training(batch_size=8, flip=False))
+    batch = draw_batch(tensors, 0, Training(batch_size=8, flip=False))
     with FlopCounterMode(display=False) as counter, machine.autocast():
         run.model.loss(batch)[0].backward()
     steps = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])["step"]

@@ -10,12 +10,18 @@ import time
 
 import torch
 
+from nanogen import UserError
+
 
 @functools.cache
 def device() -> torch.device:
     """CUDA if there is a GPU, then Apple's MPS, else the CPU. NANOGEN_DEVICE=cpu (or cuda, mps) overrides the choice."""
     if wanted := os.environ.get("NANOGEN_DEVICE"):
-        return torch.device(wanted)
+        try:
+            return torch.empty(0, device=wanted).device
+        except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
+            reason = str(error).splitlines()[0]
+            raise UserError(f"NANOGEN_DEVICE={wanted} is nothing that torch can use here ({reason}).") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")

@@ -270,8 +270,7 @@ def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training
     """One loss, before anything is written: a network that cannot take this data becomes a sentence."""
     check_options(training)
     try:
-        batch = draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2))
-        model.eval().to(machine.device()).loss({name: tensor.to(machine.device()) for name, tensor in batch.items()})
+        model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{chapter} cannot take this data with these settings: {reason}.") from error

@@ -127,7 +127,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
 
 
 def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """The examples of one step: every example once an epoch, in an order that depends on (seed, epoch) alone.
+    """The examples of one step, on the device: every example once an epoch, in an order that depends on (seed, epoch) alone.
 
     Pictures arrive as float in [-1, 1], half of them mirrored. Each process takes its share of the same batch.
     """
@@ -136,7 +136,7 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     epoch, position = divmod(step, count // size)
     order = shuffled(count, options.seed + 7919 * epoch)
     index = order[position * size : (position + 1) * size][rank::world].to(next(iter(data.values())).device)
-    batch = {name: tensor[index] for name, tensor in data.items()}
+    batch = {name: tensor[index].to(machine.device()) for name, tensor in data.items()}
     if "images" in batch:
         images = batch["images"].float() / 127.5 - 1
         if options.flip:
