@@ -58,7 +58,7 @@ def tiny(chapter: str, grid: int = 4, asleep: bool = False, **fields) -> nn.Modu
         "pixel_ar": lambda: pixel_ar.PixelAR(pixel_ar.Config(**small, size=grid)),
         "token_ar": lambda: token_ar.TokenAR(token_ar.Config(**small, size=2 * grid), vq),
         "maskgit": lambda: maskgit.MaskGIT(maskgit.Config(**small, size=2 * grid), vq),
-        "var": lambda: var.VAR(var.Config(**small, size=2 * grid), multiscale),
+        "var": lambda: var.VAR(var.Config(**(dict(passes=(1, 1, 2, 2)) | small), size=2 * grid), multiscale),
         "mar": lambda: mar.MAR(mar.Config(**(dict(head_width=32, head_repeat=1) | small), size=2 * grid), kl),
         "meanflow": lambda: meanflow.MeanFlow(meanflow.Config(width=32, classes=3, widths=(16, 32), size=2 * grid)),
         "flow": lambda: flow.Flow(flow.Config(**small, widths=(16, 32), attention_at=1, size=2 * grid)),

@@ -658,6 +658,10 @@ def test_precision_can_be_said_and_everything_is_described(monkeypatch):
         assert machine.precision() is getattr(torch, name) and name in machine.describe()
         with machine.autocast():
             assert (torch.ones(4, 4) @ torch.ones(4, 4)).dtype is (machine.precision() if machine.device().type == "cpu" else torch.float32)
+    monkeypatch.setenv("NANOGEN_PRECISION", "float8")
+    machine.precision.cache_clear()
+    with pytest.raises(UserError, match="float32 or bfloat16, got float8"):
+        machine.precision()
     monkeypatch.setenv("NANOGEN_PRECISION", "float32")
     machine.precision.cache_clear()
 

@@ -83,20 +83,13 @@ def test_scales_that_do_not_rise_and_unknown_parts_are_refused(scales, without):
 
 
 @torch.no_grad()
-def test_cached_scales_equal_the_masked_pass_over_all_of_them():
+def test_cached_steps_equal_the_masked_pass_over_all_of_them():
     model = tiny("var")
-    tokens = torch.randint(32, (4, 30))
-    whole, parts, cache = model.logits(tokens, LABELS), [], None
-    condition = model.label(LABELS)
-    cache = var.Cache(model.transformer, 4, 30)
-    inputs = model.inputs(model.tokenizer[0].quantizer.sums(tokens[:, :14]), condition)
-    start = 0
-    for x in inputs:
-        end = start + x.shape[1]
-        h = model.transformer(x, model.angles[start:end], condition=condition, cache=cache)
-        parts.append(h @ model.head().mT)
-        start = end
-    assert torch.allclose(torch.cat(parts, dim=1), whole, atol=1e-4)
+    tokens, condition = torch.randint(32, (4, 30)), model.label(LABELS)
+    whole, cache = model.logits(tokens, LABELS), var.Cache(model.transformer, 4, 30)
+    for step, cells in enumerate(model.order.split(model.counts)):
+        h = model.transformer(model.input(tokens, step), model.angles[cells], condition=condition, cache=cache)
+        assert torch.allclose(h @ model.head().mT, whole[:, cells], atol=1e-4)
 
 
 def test_sampling_with_the_cache_draws_the_same_tokens():
@@ -119,35 +112,60 @@ def test_coarse_scales_that_are_given_are_kept_and_what_follows_depends_on_them(
 
 
 def test_what_training_feeds_in_is_what_sampling_feeds_in():
-    """The sum that the sampler builds step by step equals the one that training builds from all tokens at once."""
+    """Drawn one step after another, the likeliest tokens are those that one pass over all of them finds likeliest."""
     model = tiny("var")
-    tokens, condition = model.draw_tokens(LABELS[:3], seed=2), model.label(LABELS[:3])
-    quantizer, total, start = model.tokenizer[0].quantizer, 0, 0
-    at_once = model.inputs(quantizer.sums(tokens[:, :14]), condition)
-    for k, side in enumerate(model.scales[:-1]):
-        part = tokens[:, start : start + side**2]
-        total = total + quantizer.enlarge(quantizer.book.vectors[part], k)
-        assert torch.equal(model.input(total, k + 1), at_once[k + 1])
-        start += side**2
+    tokens = model.draw_tokens(LABELS[:3], temperature=0)
+    assert torch.equal(model.logits(tokens, LABELS[:3]).argmax(-1), tokens)
 
 
-def test_a_finer_scale_never_changes_a_coarser_one_and_a_scale_is_drawn_in_one_go():
-    model, tokens = tiny("var"), torch.randint(32, (4, 30))
+@torch.no_grad()
+def test_a_step_starts_from_the_sum_of_the_scales_before_and_of_its_own_scales_cells_so_far():
+    """By hand: the third of four scales in two steps. What is still to come in it counts as the mean of its residual."""
+    model = tiny("var", passes=(1, 1, 2, 1))
+    quantizer, tokens = model.tokenizer[0].quantizer, torch.randint(32, (4, 30))
+    quantizer.mean.normal_()
+    codes = quantizer.book.vectors[tokens[:, 5:14]]
+    first = var.doubling(3, 2) == 0
+    total = quantizer.sums(tokens[:, :5])[-1] + quantizer.enlarge(codes * first[:, None], 2)
+    x = model.embed(shrink(total, 3)).flatten(2).transpose(1, 2)
+    assert torch.allclose(model.input(tokens, 3), x[:, ~first] + model.step.weight[3], atol=1e-5)
+
+
+@pytest.mark.parametrize("passes", [(1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 1, 4)])
+def test_a_step_never_changes_an_earlier_one_and_its_tokens_are_drawn_in_one_go(passes):
+    model, tokens = tiny("var", passes=passes), torch.randint(32, (4, 30))
     before = model.logits(tokens, LABELS)
-    for k, (start, end) in enumerate([(0, 1), (1, 5), (5, 14), (14, 30)]):
-        other = tokens.clone()
-        other[:, start:end] = (tokens[:, start:end] + 7) % 32
-        changed = (model.logits(other, LABELS) != before).any(-1).any(0)
-        assert not changed[:end].any() and (k == 3 or changed[end:].all())
+    for step in range(sum(passes)):
+        mine, later = model.steps == step, model.steps > step
+        changed = (model.logits(torch.where(mine, (tokens + 7) % 32, tokens), LABELS) != before).any(-1).any(0)
+        assert mine.any() and not changed[~later].any() and (step == sum(passes) - 1 or changed[later].float().mean() > 0.8)
 
 
-def test_the_frames_are_the_thumbnail_and_then_finer_pictures():
+@pytest.mark.parametrize(("passes", "why"), [((1, 1, 1), "must be 4 numbers"), ((2, 1, 1, 1), "more than the cells"), ((1, 1, 1, 9), "more")])
+def test_passes_that_do_not_fit_the_scales_are_refused(passes, why):
+    with pytest.raises(ValueError, match=why):
+        tiny("var", passes=passes)
+
+
+def test_the_frames_are_the_picture_so_far_after_each_pass():
     model = tiny("var")
-    pictures, frames = model.sample(LABELS, frames=True)
-    assert len(frames) == 4 and torch.equal(frames[-1], pictures)
-    assert not torch.equal(frames[0], frames[1])
-    with pytest.raises(ValueError, match="one step per scale"):
+    pictures, frames = model.sample(LABELS, seed=3, frames=True)
+    tokens = model.draw_tokens(LABELS, seed=3)
+    assert len(frames) == 6 and torch.equal(frames[-1], pictures)
+    for frame, end in ((0, 1), (1, 5), (3, 14)):  # after these passes, whole scales are there
+        assert torch.equal(frames[frame], model.tokenizer[0].decode(tokens[:, :end]))
+    assert not torch.equal(frames[1], frames[2]) and not torch.equal(frames[2], frames[3])
+    with pytest.raises(ValueError, match="steps must be 6, got 7"):
         model.sample(LABELS, steps=7)
+
+
+def test_each_pass_doubles_what_is_known_and_spreads_it_evenly():
+    passes = var.doubling(8, 4).view(8, 8)
+    assert passes.flatten().bincount().tolist() == [8, 8, 16, 32]
+    assert torch.equal(passes == 3, torch.arange(8)[:, None] % 2 != torch.arange(8) % 2)  # a chessboard
+    for last in (0, 1, 2):  # whatever is known, each 4x4 quarter has a fourth of it
+        assert (passes <= last).view(2, 4, 2, 4).sum((1, 3)).unique().numel() == 1
+    assert not var.doubling(5, 1).any() and var.doubling(3, 2).bincount().tolist() == [4, 5]
 
 
 def test_a_cell_is_the_mean_of_its_area():

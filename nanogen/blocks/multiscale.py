@@ -91,17 +91,22 @@ class MultiScaleVQ(Quantizer):
         present = [count for i, count in enumerate(counts) if sum(counts[: i + 1]) <= indices.shape[1]]
         return list(indices.split(present, dim=1))
 
-    def sums(self, indices: Tensor) -> list[Tensor]:
-        """The sum after each of the scales in `indices`: a list of (B, code_dim, h, h)."""
+    def sums(self, indices: Tensor, known: Tensor | None = None) -> list[Tensor]:
+        """The sum after each of the scales in `indices`: a list of (B, code_dim, h, h). known: bool (L,), the indices to look
+        at; the cells of the others add the mean of their scale."""
+        codes = F.embedding(indices, self.book.vectors)
+        if known is not None:
+            codes = codes * known[:, None]
         total, sums = 0, []
-        for k, index in enumerate(self.split(indices)):
-            total = total + self.enlarge(F.embedding(index, self.book.vectors), k)
+        for k, part in enumerate(self.split(codes)):
+            total = total + self.enlarge(part, k)
             sums.append(total)
         return sums
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (B, L) of all scales, or of the first ones for a blurred picture -> codes (B, h^2, code_dim)."""
-        return self.sums(indices)[-1].flatten(2).transpose(1, 2)
+    def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
+        """Indices (B, L) of all scales, or of the first ones for a blurred picture -> codes (B, h^2, code_dim).
+        known: as in `sums`."""
+        return self.sums(indices, known)[-1].flatten(2).transpose(1, 2)
 
     @torch.no_grad()
     def measure(self, k: int, residual: Tensor, decay: float) -> None:

@@ -199,11 +199,11 @@ class Quantizer(nn.Module):
             q, indices, loss = self.quantize(self.project_in(x.float()), **options)
             return Quantized(self.project_out(q).to(x.dtype), indices, loss)
 
-    def decode(self, indices: Tensor) -> Tensor:
-        """The codes of these indices, as forward gives them, in float32: int64 (...) -> (..., dim).
+    def decode(self, indices: Tensor, **options) -> Tensor:
+        """The codes of these indices, as forward gives them, in float32: int64 (...) -> (..., dim). options: of `lookup`.
         An index outside the codebook raises IndexError (on a CPU)."""
         with torch.autocast(indices.device.type, enabled=False):
-            return self.project_out(self.lookup(indices))
+            return self.project_out(self.lookup(indices, **options))
 
 
 class VectorQuantizer(Quantizer):

@@ -108,10 +108,10 @@ class Tokenizer(nn.Module):
         return z if indices is None else indices
 
     @torch.no_grad()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """What `encode` gave -> pictures (B, 3, H, W) in [-1, 1]."""
+    def decode(self, tokens: Tensor, **options) -> Tensor:
+        """What `encode` gave -> pictures (B, 3, H, W) in [-1, 1]. options: of the quantizer's `lookup`."""
         if self.quantizer is not None:
-            codes = self.quantizer.decode(tokens)  # (B, h w, C)
+            codes = self.quantizer.decode(tokens, **options)  # (B, h w, C)
             tokens = codes.transpose(1, 2).unflatten(2, (self.grid, self.grid))
         return self.decoder(tokens).clamp(-1, 1)
 

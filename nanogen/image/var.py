@@ -3,21 +3,28 @@
     scale 1x1     one token: about the mean colour
     scale 2x2     four tokens, all in one pass, knowing the first
     scale 4x4     16 tokens, all in one pass, knowing the five before
-    scale 8x8     64 tokens, all in one pass, knowing the 21 before: 4 passes for the whole picture
+    scale 8x8     64 tokens in three passes, knowing the 21 before: 16 of them, spread evenly; 16 more that know those;
+                  and the 32 between them. 6 passes for the whole picture
 
-It is a chain again, but its unit is a whole scale: "next scale" instead of "next token". Within a scale nothing has an
-order, and a coarse scale never depends on a finer one, as in a picture. Two things are trained:
+It is a chain again, but its unit is a whole scale: "next scale" instead of "next token". A coarse scale never depends on a
+finer one, as in a picture. Two things are trained:
 
     the tokenizer     `--bottleneck multiscale` of tokenizer.py; its heart is blocks/multiscale.py
-    the Transformer   here. Its input at scale k is the picture so far (the sum of what all coarser scales added), shrunk
-                      to that grid; its output, a token for each cell. A cell sees its own scale and all coarser ones.
+    the Transformer   here. What goes in is the picture so far, the sum of what all passes before have added, at the places
+                      that are drawn now; what comes out, a token for each of them. A cell sees those of its own pass and
+                      of all earlier ones.
+
+Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
+blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 16.8,
+TRIED.md). HMAR found the same.
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
-Source: Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction".
-Different from the paper: the class enters through AdaLN and as the start, positions are rotary, at the true place of each
-cell in the picture, so that a cell and the coarse cell over it are neighbours; a 3x3 convolution over each scale's input;
-the scales double, which at equal bits kept more of these small pictures than 1, 2, 3, 4, 6, 8 (TRIED.md).
+Sources: Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"; Kumbong et
+al. 2025, "HMAR" (several passes within a scale; there under random masks, here in an order that is learned).
+Different from VAR: the class enters through AdaLN alone; positions are rotary, at the true place of each cell in the
+picture, so that a cell and the coarse cell over it are neighbours; a 3x3 convolution over each pass's input; and the
+scales double, which at equal bits keeps more of these small pictures than 1, 2, 3, 4, 6, 8 (TRIED.md).
 """
 
 from dataclasses import dataclass
@@ -47,6 +54,7 @@ class Config:
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     codes: int = 184  # vocabulary of the tokenizer: 85 tokens of 7.5 bits say as much as 64 of 10
+    passes: tuple[int, ...] = (1, 1, 1, 3)  # for each of the tokenizer's scales
     size: int = 32  # side of the pictures in pixels
     classes: int = 10  # number of labels
 
@@ -65,39 +73,44 @@ class VAR(nn.Module):
         self.tokenizer = [tokenizer]  # in a list: not a sub-module
         scales = tokenizer.quantizer.scales
         self.scales, self.vocabulary = scales, tokenizer.vocabulary
+        if len(config.passes) != len(scales):
+            raise ValueError(f"passes must be {len(scales)} numbers, one for each scale, got {config.passes}")
         self.label = ConditionEmbedding(config.classes, config.width)
-        self.start = nn.Linear(config.width, config.width)  # scale 1 has no picture yet: it starts from the class
         self.embed = nn.Conv2d(tokenizer.config.code_dim, config.width, 3, padding=1)
-        self.scale = nn.Embedding(len(scales), config.width)
+        self.step = nn.Embedding(sum(config.passes), config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
         self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        which = torch.cat([torch.full((side * side,), k) for k, side in enumerate(scales)])  # scale of each token
+        firsts = [sum(config.passes[:k]) for k in range(len(scales))]
+        steps = torch.cat([first + doubling(side, n) for first, side, n in zip(firsts, scales, config.passes, strict=True)])
         places = torch.cat([(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales])
-        self.register_buffer("which", which, persistent=False)
-        self.register_buffer("mask", which[:, None] >= which, persistent=False)  # (T, T): own scale and coarser
+        self.counts = steps.bincount(minlength=sum(config.passes)).tolist()  # tokens of each step
+        if 0 in self.counts:
+            raise ValueError(f"passes {config.passes} are more than the cells of the scales {scales} allow")
+        self.ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()  # tokens up to the end of each scale
+        self.scale_of = [k for k, n in enumerate(config.passes) for _ in range(n)]  # each step's
+        self.register_buffer("steps", steps, persistent=False)  # (T,) the step that draws each token
+        self.register_buffer("order", steps.argsort(stable=True), persistent=False)  # (T,) tokens, step by step
+        self.register_buffer("mask", steps[:, None] >= steps, persistent=False)  # (T, T): own step and earlier ones
         self.register_buffer("angles", rotary_angles(places, config.width // config.heads), persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
         return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
 
-    def inputs(self, sums: list[Tensor], condition: Tensor) -> list[Tensor]:
-        """The sums after the scales that are known, (B, code_dim, h, h) each -> the inputs of those scales' successors,
-        (B, scale^2, width) each, the first scale's before them."""
-        first = self.start(condition)[:, None] + self.scale.weight[0]
-        return [first.expand(-1, self.scales[0] ** 2, -1)] + [self.input(total, k + 1) for k, total in enumerate(sums)]
-
-    def input(self, total: Tensor, k: int) -> Tensor:
-        """The sum of all scales before k -> the input of scale k: (B, scale^2, width)."""
-        return self.embed(shrink(total, self.scales[k])).flatten(2).transpose(1, 2) + self.scale.weight[k]
+    def input(self, tokens: Tensor, step: int) -> Tensor:
+        """tokens (B, T), of which only those of earlier steps are looked at -> what a step starts from: (B, its tokens, width),
+        the picture so far at each of its cells. What is still to come in this scale counts as its mean."""
+        k = self.scale_of[step]
+        side, end = self.scales[k], self.ends[k]
+        with torch.no_grad():
+            total = self.tokenizer[0].quantizer.sums(tokens[:, :end], self.steps[:end] < step)[-1]
+        cells = self.order.split(self.counts)[step] - (end - side**2)
+        return self.embed(shrink(total, side)).flatten(2).transpose(1, 2)[:, cells] + self.step.weight[step]
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """All tokens (B, T) at once -> log-odds of each, given the scales before its own: (B, T, vocabulary)."""
-        condition = self.label(labels)
-        with torch.no_grad():
-            sums = self.tokenizer[0].quantizer.sums(tokens[:, : -self.scales[-1] ** 2])
-        x = torch.cat(self.inputs(sums, condition), dim=1)
-        x = self.transformer(x, self.angles, mask=self.mask, condition=condition)
+        """All tokens (B, T) at once -> log-odds of each, given those of the steps before its own: (B, T, vocabulary)."""
+        x = torch.cat([self.input(tokens, step) for step in range(len(self.counts))], dim=1)[:, self.order.argsort()]
+        x = self.transformer(x, self.angles, mask=self.mask, condition=self.label(labels))
         return (x @ self.head().mT).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -111,49 +124,65 @@ class VAR(nn.Module):
     @torch.no_grad()
     def draw_tokens(self, labels: Tensor, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0, top_k: int = 0,
                     top_p: float = 1.0, cached: bool = True, prefix: Tensor | None = None) -> Tensor:
-        """The tokens of pictures of these labels (B,): (B, T), the scales one after another, one pass each.
+        """The tokens of pictures of these labels (B,): (B, T), drawn in sum(passes) steps.
 
-        Guidance grows evenly over the scales, from none at the first to all of it at the last: the coarse scales decide
-        what is varied, the fine ones how clear it is. cached=False computes the coarser scales anew at every pass.
+        Guidance grows evenly over the steps, from none at the first to all of it at the last: the coarse scales decide
+        what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at every step.
         prefix: tokens (B, n) of the first scales, whole ones, to be kept: only the finer scales are drawn.
         """
         generator = torch.Generator(labels.device).manual_seed(seed)
-        quantizer, count = self.tokenizer[0].quantizer, len(labels)
-        kept = [] if prefix is None else quantizer.split(prefix)
-        condition = self.label(with_and_without(labels, self.config.classes, guidance))
-        modulation, head = self.transformer.modulate(condition), self.head()  # the same for the whole chain
-        cache = Cache(self.transformer, len(condition), len(self.angles), modulation.dtype) if cached else None
-        tokens, inputs, total, start = [], self.inputs([], condition), 0, 0
-        for k, side in enumerate(self.scales):
-            end = start + side**2
+        given = 0 if prefix is None else prefix.shape[1]
+        tokens = labels.new_zeros(len(labels), len(self.steps))
+        if given:
+            tokens[:, :given] = prefix
+        modulation = self.transformer.modulate(self.label(with_and_without(labels, self.config.classes, guidance)))
+        head = self.head()  # both are the same for the whole chain
+        cache = Cache(self.transformer, len(modulation), len(self.steps), modulation.dtype) if cached else None
+        inputs, parts = [], self.order.split(self.counts)
+        for step, cells in enumerate(parts):
+            x = self.input(tokens, step)
+            x = x if guidance == 1 else torch.cat([x, x])
             if cached:
-                h = self.transformer(inputs[-1], self.angles[start:end], modulation=modulation, cache=cache)
+                h = self.transformer(x, self.angles[cells], modulation=modulation, cache=cache)
             else:
-                h = self.transformer(torch.cat(inputs, dim=1), self.angles[:end], self.mask[:end, :end], modulation=modulation)
-            ramp = 1 + (guidance - 1) * k / max(len(self.scales) - 1, 1)
-            logits = (h[:, -(side**2) :] @ head.mT).float()
-            logits = logits[:count] if ramp == 1 else apply_guidance(logits, ramp)
-            tokens.append(kept[k] if k < len(kept) else draw(logits, generator, temperature, top_k, top_p))
-            if k + 1 < len(self.scales):
-                total = total + quantizer.enlarge(F.embedding(tokens[-1], quantizer.book.vectors), k)
-                both = total if guidance == 1 else torch.cat([total, total])
-                inputs.append(self.input(both, k + 1))
-            start = end
-        return torch.cat(tokens, dim=1)
+                inputs.append(x)
+                seen = torch.cat(parts[: step + 1])
+                h = self.transformer(torch.cat(inputs, dim=1), self.angles[seen], self.mask[seen][:, seen], modulation=modulation)
+            ramp = 1 + (guidance - 1) * step / max(len(parts) - 1, 1)
+            logits = (h[:, -len(cells) :] @ head.mT).float()
+            logits = logits[: len(labels)] if ramp == 1 else apply_guidance(logits, ramp)
+            if cells[0] >= given:
+                tokens[:, cells] = draw(logits, generator, temperature, top_k, top_p)
+        return tokens
 
     @torch.no_grad()
     def sample(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0,
                frames: bool = False, top_k: int = 0, top_p: float = 1.0, cached: bool = True):
-        """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also the pictures after each scale.
+        """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also the pictures after each pass.
 
-        There is one step per scale: `steps` may only say the same. The others: `draw_tokens`, and `blocks/sampling.py`.
+        The number of steps was trained in: `steps` may only say the same. The others: `draw_tokens`, and `blocks/sampling.py`.
         """
-        if steps not in (None, 0, len(self.scales)):
-            raise ValueError(f"var takes one step per scale: steps must be {len(self.scales)}, got {steps}")
+        if steps not in (None, 0, len(self.counts)):
+            raise ValueError(f"var has learned its steps: steps must be {len(self.counts)}, got {steps}")
         tokens = self.draw_tokens(labels, guidance, temperature, seed, top_k, top_p, cached)
         images = self.tokenizer[0].decode(tokens)
-        ends = self.which.bincount().cumsum(0).tolist()
-        return (images, [self.tokenizer[0].decode(tokens[:, :end]) for end in ends]) if frames else images
+        if not frames:
+            return images
+        ends = [self.ends[k] for k in self.scale_of]
+        known = [self.steps[:end] <= step for step, end in enumerate(ends)]
+        return images, [self.tokenizer[0].decode(tokens[:, :end], known=here) for end, here in zip(ends, known, strict=True)]
+
+
+def doubling(side: int, passes: int) -> Tensor:
+    """The pass in which each cell of a grid is drawn, (side^2,): spread evenly, and each pass doubles what is known.
+
+    Bayer 1973's order, in which dithering fills a square. The last half, for one, are the white cells of a chessboard.
+    """
+    ranks = torch.zeros(1, 1)
+    while len(ranks) < side:
+        ranks = torch.cat([torch.cat([4 * ranks, 4 * ranks + 2], 1), torch.cat([4 * ranks + 3, 4 * ranks + 1], 1)])
+    ranks = ranks[:side, :side].flatten().argsort().argsort()
+    return (passes + ((ranks + 0.5) / side**2).log2().floor()).clamp(min=0).long()
 
 
 Model = VAR

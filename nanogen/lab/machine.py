@@ -35,6 +35,8 @@ def precision() -> torch.dtype:
     NANOGEN_PRECISION=float32 or bfloat16 overrides the measurement.
     """
     if wanted := os.environ.get("NANOGEN_PRECISION"):
+        if wanted not in ("float32", "bfloat16"):
+            raise UserError(f"NANOGEN_PRECISION must be float32 or bfloat16, got {wanted}.")
         return getattr(torch, wanted)
     if device().type == "mps":
         return torch.float32

@@ -25,7 +25,7 @@ STORY = {
     "tokenizer": "Units that mean more: 64 tokens a picture. Rows of originals and of their reconstructions.",
     "token_ar": "The same chain, over tokens: row by row, 64 passes.",
     "maskgit": "Breaking the order: all tokens at once, the surest first, 12 passes.",
-    "var": "Breaking it again: a thumbnail first, then scale by scale, 4 passes.",
+    "var": "Breaking it again: a thumbnail first, then scale by scale, 6 passes.",
     "mar": "Tokens without a vocabulary: patches of pixels, each drawn by a tiny flow on top of the Transformer, 12 passes.",
     "flow": "No units at all: noise carried to a picture along nearly straight lines, 16 passes.",
     "meanflow": "The same in one pass: the average velocity, learned.",
