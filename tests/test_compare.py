@@ -14,7 +14,7 @@ SMALL = {
     "meanflow": dict(widths=(16, 32), width=32),
 }
 EVALUATIONS = {  # of the network for a picture, two a step where SAMPLING guides
-    "pixel_ar": 16, "token_ar": 128, "maskgit": 4, "var": 8, "mar, MSE": 4, "mar, diffusion": 4, "mar, flow": 4,
+    "pixel_ar": 16, "token_ar": 128, "maskgit": 4, "var": 12, "mar, MSE": 4, "mar, diffusion": 4, "mar, flow": 4,
     "flow": 12, "meanflow": 1,  # midpoint looks twice a step
 }
 SAMPLING = {
