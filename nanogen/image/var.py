@@ -126,7 +126,7 @@ class VAR(nn.Module):
                     top_p: float = 1.0, cached: bool = True, prefix: Tensor | None = None) -> Tensor:
         """The tokens of pictures of these labels (B,): (B, T), drawn in sum(passes) steps.
 
-        Guidance grows evenly over the steps, from none at the first to all of it at the last: the coarse scales decide
+        Guidance grows evenly over the scales, from none at the first to all of it at the last: the coarse scales decide
         what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at every step.
         prefix: tokens (B, n) of the first scales, whole ones, to be kept: only the finer scales are drawn.
         """
@@ -148,7 +148,7 @@ class VAR(nn.Module):
                 inputs.append(x)
                 seen = torch.cat(parts[: step + 1])
                 h = self.transformer(torch.cat(inputs, dim=1), self.angles[seen], self.mask[seen][:, seen], modulation=modulation)
-            ramp = 1 + (guidance - 1) * step / max(len(parts) - 1, 1)
+            ramp = 1 + (guidance - 1) * self.scale_of[step] / max(len(self.scales) - 1, 1)
             logits = (h[:, -len(cells) :] @ head.mT).float()
             logits = logits[: len(labels)] if ramp == 1 else apply_guidance(logits, ramp)
             if cells[0] >= given:
