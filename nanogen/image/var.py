@@ -15,7 +15,7 @@ finer one, as in a picture. Two things are trained:
                       of all earlier ones.
 
 Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
-blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 16.8,
+blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 17.3,
 TRIED.md). HMAR found the same.
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
