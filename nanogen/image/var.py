@@ -21,7 +21,7 @@ TRIED.md). HMAR found the same.
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
 Sources: Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"; Kumbong et
-al. 2025, "HMAR" (several passes within a scale; there under random masks, here in an order that is learned).
+al. 2025, "HMAR" (several passes within a scale; there under random masks, here in one fixed order).
 Different from VAR: the class enters through AdaLN alone; positions are rotary, at the true place of each cell in the
 picture, so that a cell and the coarse cell over it are neighbours; a 3x3 convolution over each pass's input; and the
 scales double, which at equal bits keeps more of these small pictures than 1, 2, 3, 4, 6, 8 (TRIED.md).
