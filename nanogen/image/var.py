@@ -54,7 +54,7 @@ class Config:
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     codes: int = 184  # vocabulary of the tokenizer: 85 tokens of 7.5 bits say as much as 64 of 10
-    passes: tuple[int, ...] = (1, 1, 1, 3)  # for each of the tokenizer's scales
+    passes: tuple[int, ...] = (1, 1, 1, 3)  # how many draw each of the tokenizer's scales
     size: int = 32  # side of the pictures in pixels
     classes: int = 10  # number of labels
 
