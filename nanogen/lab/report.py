@@ -134,7 +134,7 @@ def _summary(run: Run, anchor: str) -> dict:
     if distance is not None and marks:
         distance = Html(f"{_value(distance)}<small>{' · '.join(marks)}</small>")
     return {
-        "run": Html(f'<a href="#{anchor}">{_text(run.name)}</a>'),
+        "run": Html(f'<a href="#{anchor}">{_text(run.folder.name)}</a>'),
         "minutes": _minutes(run),
         "parameters": run.number("parameters"),
         "FD-nano (less is better)": distance,
