@@ -141,7 +141,7 @@ def test_a_step_never_changes_an_earlier_one_and_its_tokens_are_drawn_in_one_go(
         assert mine.any() and not changed[~later].any() and (step == sum(passes) - 1 or changed[later].float().mean() > 0.8)
 
 
-@pytest.mark.parametrize(("passes", "why"), [((1, 1, 1), "must be 4 numbers"), ((2, 1, 1, 1), "more than the cells"), ((1, 1, 1, 9), "more")])
+@pytest.mark.parametrize(("passes", "why"), [((1, 1, 1), "must be 4 numbers"), ((1, 0, 1, 1), "from 1 on"), ((2, 1, 1, 1), "more than the cells"), ((1, 1, 1, 9), "more")])
 def test_passes_that_do_not_fit_the_scales_are_refused(passes, why):
     with pytest.raises(ValueError, match=why):
         tiny("var", passes=passes)

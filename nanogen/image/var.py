@@ -15,8 +15,8 @@ finer one, as in a picture. Two things are trained:
                       of all earlier ones.
 
 Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
-blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 17.3,
-TRIED.md). HMAR found the same.
+blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 17.3). HMAR found
+the same. The last scale one by one, row by row, would be nearly as good as token_ar, and as slow (TRIED.md).
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
@@ -73,21 +73,15 @@ class VAR(nn.Module):
         self.tokenizer = [tokenizer]  # in a list: not a sub-module
         scales = tokenizer.quantizer.scales
         self.scales, self.vocabulary = scales, tokenizer.vocabulary
-        if len(config.passes) != len(scales):
-            raise ValueError(f"passes must be {len(scales)} numbers, one for each scale, got {config.passes}")
         self.label = ConditionEmbedding(config.classes, config.width)
         self.embed = nn.Conv2d(tokenizer.config.code_dim, config.width, 3, padding=1)
         self.step = nn.Embedding(sum(config.passes), config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
         self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        firsts = [sum(config.passes[:k]) for k in range(len(scales))]
-        steps = torch.cat([first + doubling(side, n) for first, side, n in zip(firsts, scales, config.passes, strict=True)])
+        steps, self.scale_of = plan(scales, config.passes)  # of each token, of each step
         places = torch.cat([(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales])
-        self.counts = steps.bincount(minlength=sum(config.passes)).tolist()  # tokens of each step
-        if 0 in self.counts:
-            raise ValueError(f"passes {config.passes} are more than the cells of the scales {scales} allow")
+        self.counts = steps.bincount().tolist()  # tokens of each step
         self.ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()  # tokens up to the end of each scale
-        self.scale_of = [k for k, n in enumerate(config.passes) for _ in range(n)]  # each step's
         self.register_buffer("steps", steps, persistent=False)  # (T,) the step that draws each token
         self.register_buffer("order", steps.argsort(stable=True), persistent=False)  # (T,) tokens, step by step
         self.register_buffer("mask", steps[:, None] >= steps, persistent=False)  # (T, T): own step and earlier ones
@@ -171,6 +165,20 @@ class VAR(nn.Module):
         ends = [self.ends[k] for k in self.scale_of]
         known = [self.steps[:end] <= step for step, end in enumerate(ends)]
         return images, [self.tokenizer[0].decode(tokens[:, :end], known=here) for end, here in zip(ends, known, strict=True)]
+
+
+def plan(scales: tuple[int, ...], passes: tuple[int, ...]) -> tuple[Tensor, list[int]]:
+    """(T,) the step that draws each token, scale after scale, and the scale that each step belongs to.
+
+    passes: how many steps draw each scale. Raises ValueError where they do not fit the scales.
+    """
+    if len(passes) != len(scales) or min(passes) < 1:
+        raise ValueError(f"passes must be {len(scales)} numbers from 1 on, one for each scale, got {passes}")
+    scale_of = [k for k, count in enumerate(passes) for _ in range(count)]
+    steps = torch.cat([scale_of.index(k) + doubling(side, passes[k]) for k, side in enumerate(scales)])
+    if len(steps.unique()) < len(scale_of):
+        raise ValueError(f"passes {passes} are more than the cells of the scales {scales} allow")
+    return steps, scale_of
 
 
 def doubling(side: int, passes: int) -> Tensor:
