@@ -16,7 +16,7 @@ finer one, as in a picture. Two things are trained:
 
 Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
 blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 17.3). HMAR found
-the same. The last scale one by one, row by row, would be nearly as good as token_ar, and as slow (TRIED.md).
+the same. The last scale one by one, row by row, would be nearly as good as token_ar, in as many passes (TRIED.md).
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
