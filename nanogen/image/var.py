@@ -78,7 +78,7 @@ class VAR(nn.Module):
         self.step = nn.Embedding(sum(config.passes), config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
         self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        steps, self.scale_of = plan(scales, config.passes)  # of each token, of each step
+        steps, self.scale_of = plan(scales, config.passes)  # the step of each token; the scale of each step
         places = torch.cat([(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales])
         self.counts = steps.bincount().tolist()  # tokens of each step
         self.ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()  # tokens up to the end of each scale
