@@ -5,7 +5,9 @@ steps. What comes out means nothing; that it comes out is the test.
 """
 
 import json
+import re
 from pathlib import Path
+from textwrap import indent
 
 import nbformat
 import pytest
@@ -14,6 +16,9 @@ from nbclient import NotebookClient
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
 MACHINE_PATHS = (str(FOLDER.parent), "/home/", "/root/", "/tmp/", "/Users/", "site-packages")
+
+
+SOURCE = re.compile(r"`(nanogen/\S+\.py)`\n\n```python\n(.*)\n```", re.DOTALL)  # what `show` prints
 
 
 def code_cells(notebook) -> list:
@@ -47,3 +52,15 @@ def test_what_is_committed_is_executed_and_fit_to_be_read(path):
     text = path.read_text()
     assert "TODO" not in text
     assert not [place for place in MACHINE_PATHS if place in text], "a path of the machine that ran it"
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_the_source_on_the_page_is_the_source_that_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    pages = [output.data["text/markdown"] for cell in code_cells(notebook) for output in cell.outputs
+             if "text/markdown" in output.get("data", {})]
+    shown = [found.groups() for found in map(SOURCE.fullmatch, pages) if found]
+    assert shown, "every notebook shows code"
+    for place, source in shown:
+        there = (FOLDER.parent / place).read_text()
+        assert source in there or indent(source, "    ") in there, f"execute it again: {place} has changed since\n{source}"

@@ -44,9 +44,9 @@ SOUNDS = "voices" if SMOKE and not (data_folder() / "fsdd.npz").exists() else "f
 def show(*things) -> None:
     """Print the source of functions, methods and classes of the package, with the file it stands in."""
     for thing in things:
-        lines, first = inspect.getsourcelines(thing)
-        place = f"{thing.__module__.replace('.', '/')}.py, line {first}"
-        display(Markdown(f"`{place}`\n\n```python\n{textwrap.dedent(''.join(lines)).rstrip()}\n```"))  # GitHub colours a fence
+        place = f"{thing.__module__.replace('.', '/')}.py"
+        source = textwrap.dedent(inspect.getsource(thing)).rstrip()
+        display(Markdown(f"`{place}`\n\n```python\n{source}\n```"))  # GitHub colours a fence
 
 
 def chapter_run(chapter: str, data: str | None = None, **overrides) -> Run:
