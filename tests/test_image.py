@@ -21,7 +21,7 @@ def generator(seed=0):
     return torch.Generator().manual_seed(seed)
 
 
-# --- Drawing from log-odds
+# --- Drawing from logits
 
 
 def shares(logits, **options):
@@ -65,6 +65,12 @@ def test_top_p_keeps_the_smallest_set_that_has_probability_p(values, p):
     assert set(drawn.tolist()) <= kept
     likely = {i for i in kept if probability[i] > 0.05}  # seen in 500 draws for sure
     assert likely <= set(drawn.tolist())
+
+
+@pytest.mark.parametrize("settings", [dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(temperature=-1.0)])
+def test_settings_that_would_leave_no_word_are_refused(settings):
+    with pytest.raises(ValueError, match=next(iter(settings))):
+        draw(torch.zeros(2, 5), generator(), **settings)
 
 
 def test_guidance_exaggerates_what_the_label_changes():

@@ -24,7 +24,7 @@ LABELS = torch.tensor([0, 1, 2, 3])  # the last one: no label
 
 
 def chain_logits(chapter, model, units):
-    """All log-odds of a chain of units: (B, T, ...)."""
+    """All logits of a chain of units: (B, T, ...)."""
     if chapter == "token_ar":
         return model.logits(units, LABELS)
     h = model.transformer(model.embed(units[:, :-1]), model.angles, causal=True, condition=model.label(LABELS))
@@ -160,6 +160,11 @@ def test_the_last_frame_is_the_picture_and_watching_changes_nothing(chapter):
     assert torch.equal(pictures, model.sample(LABELS, steps=PASSES.get(chapter, 16)))
     assert torch.equal(frames[-1], pictures) and all(frame.shape == pictures.shape for frame in frames)
     assert len(frames) == {"pixel_ar": 4, "var": 6, "flow": 17, "dit": 17}.get(chapter, 16)
+
+
+def test_the_last_frame_is_the_picture_where_sixteen_frames_do_not_divide_the_chain():
+    pictures, frames = (model := tiny("token_ar", grid=5)).sample(LABELS, frames=True)  # 25 tokens
+    assert torch.equal(frames[-1], pictures) and model.grid == 5
 
 
 # --- Training

@@ -9,6 +9,7 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ from nanogen.lab import prepare as preparation
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
-from nanogen.lab.runs import content_hash, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
+from nanogen.lab.runs import content_hash, load_data, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
 from nanogen.lab.sampling import sample
 from nanogen.lab.train import Training, draw_batch, train, update_average
 
@@ -435,6 +436,29 @@ def test_pictures_of_another_size_than_the_tokenizers_are_a_sentence(finished, t
     folder = copy_of(finished["maskgit"], tmp_path).parent
     with pytest.raises(UserError, match="size"):
         tiny_run("maskgit", finished["maskgit"].data, folder / "new", size=16)
+
+
+def test_what_is_trained_beneath_is_for_the_same_size(finished, tmp_path):
+    folder = copy_of(finished["eye"], tmp_path).parent
+    shutil.rmtree(folder / "tokenizer-fruit")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(runs, "find_recipe", lambda chapter, *_: {"training": dict(QUICK), "config": dict(TINY[chapter])})
+        run = tiny_run("maskgit", finished["maskgit"].data, folder / "new", size=16)
+    assert run.model.grid == 4 and load_run(folder / "tokenizer-fruit").config["config"]["size"] == 16
+
+
+@pytest.mark.parametrize("bottleneck", ["kl", "multiscale", "none"])
+def test_a_bottleneck_without_words_in_a_grid_is_refused_before_it_is_trained(bottleneck, own_pictures, tmp_path):
+    with pytest.raises(UserError, match="bottleneck must be vq or fsq"):
+        tiny_run("maskgit", own_pictures, tmp_path / "new", bottleneck=bottleneck)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reflow_draws_as_many_pairs_as_it_is_told_of_all_labels(finished):
+    source = load_data(finished["flow"].data)
+    model = SimpleNamespace(to=lambda device: None, prepare=lambda images, labels: {"labels": labels})
+    drawn = prepare(model, source, SimpleNamespace(size=32, reflow_pairs=200), base=finished["flow"])["labels"]
+    assert len(drawn) == 200 > len(source.train_labels) and set(drawn.tolist()) == set(source.train_labels.tolist())
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "text", "other network"])

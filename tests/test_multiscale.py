@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import tiny, tiny_tokenizer
+from conftest import awake, tiny, tiny_tokenizer
 
 from nanogen.blocks.multiscale import PARTS, MultiScaleVQ, shrink
 from nanogen.image import var
@@ -141,10 +141,17 @@ def test_a_step_never_changes_an_earlier_one_and_its_tokens_are_drawn_in_one_go(
         assert mine.any() and not changed[~later].any() and (step == sum(passes) - 1 or changed[later].float().mean() > 0.8)
 
 
-@pytest.mark.parametrize(("passes", "why"), [((1, 1, 1), "must be 4 numbers"), ((1, 0, 1, 1), "from 1 on"), ((2, 1, 1, 1), "more than the cells"), ((1, 1, 1, 9), "more")])
+@pytest.mark.parametrize(("passes", "why"), [((1, 1, 1, 1, 1), "must be 1 to 4 numbers"), ((), "must be"), ((1, 0, 1, 1), "from 1 on"), ((2, 1, 1, 1), "more than the cells"), ((1, 1, 1, 9), "more")])
 def test_passes_that_do_not_fit_the_scales_are_refused(passes, why):
     with pytest.raises(ValueError, match=why):
         tiny("var", passes=passes)
+
+
+def test_scales_before_those_named_take_one_pass_and_a_single_scale_has_all_the_guidance():
+    assert var.plan((1, 2, 3, 4), (2,))[1] == [0, 1, 2, 3, 3] and var.plan((4,), (2,))[1] == [0, 0]
+    book = tiny_tokenizer("multiscale", code_dim=4, scales=(4,))
+    model = awake(var.VAR(var.Config(width=32, depth=1, heads=2, classes=3, size=8, passes=(2,)), book))
+    assert not torch.equal(model.draw_tokens(LABELS[:3], 1.0), model.draw_tokens(LABELS[:3], 8.0))
 
 
 def test_the_frames_are_the_picture_so_far_after_each_pass():

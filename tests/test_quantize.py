@@ -9,6 +9,7 @@ import torch.multiprocessing as mp
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from nanogen.blocks.multiscale import MultiScaleVQ
 from nanogen.blocks.quantize import FSQ, Codebook, ResidualVQ, VectorQuantizer, nearest, usage
 
 
@@ -341,10 +342,15 @@ def keep_one_codebook(rank: int, store: str, result: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
     torch.manual_seed(0)
     quantizer = VectorQuantizer(8, 32, code_dim=None)
-    batches = torch.randn(4, 200, 8)
+    batches = torch.randn(4, 200, 8, generator=torch.Generator().manual_seed(0))
     for batch in batches:  # each process takes its half of the batch
         quantizer(batch[rank * 100 : (rank + 1) * 100])
     torch.save(quantizer.state_dict(), f"{result}{rank}")
+    torch.manual_seed(0)
+    quantizer = MultiScaleVQ(8, 8, scales=(1, 2), code_dim=4)  # its running statistics are shared, too
+    for batch in batches.view(4, 50, 2, 2, 8):
+        quantizer(batch[rank * 25 : (rank + 1) * 25])
+    torch.save(quantizer.state_dict(), f"{result}{rank}-scales")
     torch.manual_seed(rank)  # now each draws its own noise, and few features leave dead codes to revive
     quantizer = VectorQuantizer(8, 64)
     for _ in range(4):
@@ -358,10 +364,18 @@ def test_two_processes_keep_the_codebook_of_one(tmp_path):
     ranks = [torch.load(tmp_path / f"rank{rank}", weights_only=True) for rank in (0, 1)]
     torch.manual_seed(0)
     alone = VectorQuantizer(8, 32, code_dim=None)
-    for batch in torch.randn(4, 200, 8):
+    for batch in torch.randn(4, 200, 8, generator=torch.Generator().manual_seed(0)):
         alone(batch)
     for name, value in alone.state_dict().items():
         assert torch.equal(ranks[0][name], ranks[1][name])
         assert torch.allclose(ranks[0][name].float(), value.float(), atol=1e-4)
+    torch.manual_seed(0)
+    alone = MultiScaleVQ(8, 8, scales=(1, 2), code_dim=4)
+    for batch in torch.randn(4, 200, 8, generator=torch.Generator().manual_seed(0)).view(4, 50, 2, 2, 8):
+        alone(batch)
+    ranks = [torch.load(tmp_path / f"rank{rank}-scales", weights_only=True) for rank in (0, 1)]
+    assert all(torch.equal(ranks[0][name], value) for name, value in ranks[1].items())
+    for name in ("mean", "std"):  # of the first scale: the codebook starts on the same features in another order
+        assert torch.allclose(ranks[0][name][0], getattr(alone, name)[0], atol=1e-4)
     own = [torch.load(tmp_path / f"rank{rank}-own-noise", weights_only=True) for rank in (0, 1)]
     assert all(torch.equal(own[0][name], own[1][name]) for name in ("counts", "sums", "vectors"))

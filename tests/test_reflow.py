@@ -70,7 +70,8 @@ def test_a_reflow_has_its_teachers_guidance_in_it_and_refuses_another():
 
 
 def test_a_reflow_stands_on_a_flow_of_pixels():
-    assert flow.stands_on(flow.Config(objective="reflow")) == ("flow", {"objective": "flow", "network": "unet"})
+    chapter, needs = flow.stands_on(flow.Config(objective="reflow", widths=(16, 32)))
+    assert chapter == "flow" and needs["objective"] == "flow" and needs["network"] == "unet" and needs["widths"] == (16, 32)
     assert flow.stands_on(flow.Config()) is None
     for fields in (dict(network="dit"), dict()):
         with pytest.raises(ValueError, match="reflow needs network unet and a finished flow"):

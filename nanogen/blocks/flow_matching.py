@@ -46,8 +46,8 @@ def uniform_times(count: int, device: torch.device | None = None) -> Tensor:
 def logit_normal_times(
     count: int, device: torch.device | None = None, mean: float = 0.0, std: float = 1.0, shift: float = 1.0
 ) -> Tensor:
-    """sigmoid(mean + std N(0, 1)), then `shift_time`: (count,). SD3's choice: near t=0 and t=1 the answer is
-    nearly known (data's mean, the noise itself), so look at the middle. mean > 0 looks nearer the data."""
+    """sigmoid(mean + std N(0, 1)), then `shift_time`: (count,). SD3's choice: near t=0 and t=1 there is
+    little to learn (the mean of the data, that of the noise), so look at the middle. mean > 0 looks nearer the data."""
     return shift_time(torch.sigmoid(mean + std * torch.randn(count, device=device)), shift)
 
 

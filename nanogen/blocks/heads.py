@@ -37,7 +37,8 @@ def make_head(kind: str, token_dim: int, cond_dim: int, width: int = 192, depth:
               codes: Tensor | None = None) -> nn.Module:
     """A head of one of the HEADS for tokens of token_dim numbers, given vectors of cond_dim.
 
-    width, depth: of the MLP. repeat: flow and diffusion only, see `IteratedHead`. codes: (K, token_dim), categorical only.
+    width: of the MLP; a categorical head has none. depth: its blocks, repeat: see `IteratedHead`, both flow and diffusion only.
+    codes: (K, token_dim), categorical only.
     Raises ValueError for an unknown kind, and for a categorical head without codes.
     """
     if kind not in HEADS:
@@ -107,7 +108,7 @@ class MSEHead(Head):
 
 
 class CategoricalHead(Head):
-    """Choose from a list of `codes` (K, token_dim): their log-odds are products of z with a vector for each word."""
+    """Choose from a list of `codes` (K, token_dim): their logits are products of z with a vector for each word."""
 
     def __init__(self, codes: Tensor, cond_dim: int):
         super().__init__()
@@ -115,7 +116,7 @@ class CategoricalHead(Head):
         self.words = WordVectors(codes, cond_dim, zero=True)  # the first guess is uniform: loss = log(K)
 
     def predict(self, z: Tensor) -> Tensor:
-        """Log-odds of every code: (N, K)."""
+        """Logits of every code: (N, K)."""
         return (z @ self.words().mT).float()
 
     def loss(self, x: Tensor, z: Tensor) -> Tensor:

@@ -16,14 +16,14 @@ averaged over the scales, pull the sum towards the features (phi learns) and the
 Source: Tian et al. 2024, "Visual Autoregressive Modeling" (VAR).
 Different from the paper: the shared codebook moves by averages with revival, as in `quantize.py`, in few dimensions; the
 residual of each scale is first brought to mean 0 and standard deviation 1 by running statistics. The fine scales'
-residuals are small, and without this they would all fall on the same few codes.
+residuals are small, and without this they would all fall on the same few codes. And features lie on a sphere.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogen.blocks.quantize import Codebook, Quantizer, straight_through
+from nanogen.blocks.quantize import Codebook, Quantizer, gather, straight_through
 
 PARTS = ("nothing", "revival", "phi", "whitening", "detaching")
 
@@ -111,7 +111,7 @@ class MultiScaleVQ(Quantizer):
     @torch.no_grad()
     def measure(self, k: int, residual: Tensor, decay: float) -> None:
         """Move the running mean and standard deviation of scale k towards those of residuals (B, scale^2, code_dim)."""
-        flat = residual.flatten(0, 1)
+        flat = gather(residual.flatten(0, 1))  # as for the codebook, what all processes see
         self.mean[k].lerp_(flat.mean(0), 1 - decay)
         self.std[k].lerp_(flat.std(0, correction=0).clamp(min=1e-4), 1 - decay)
 
@@ -129,4 +129,6 @@ class MultiScaleVQ(Quantizer):
 
 def shrink(square: Tensor, size: int) -> Tensor:
     """(B, C, h, h) -> (B, C, size, size), each cell the mean of the area that it covers."""
+    if square.device.type == "mps" and square.shape[-1] % size:  # MPS only has areas of whole cells
+        return shrink(square.cpu(), size).to(square.device)
     return square if square.shape[-1] == size else F.interpolate(square, size, mode="area")

@@ -1,8 +1,8 @@
 """Quantizers: turn a continuous feature into a token, and a token back into a feature.
 
-A chain of tokens needs a vocabulary. Three ways to get one, all on features (..., dim):
+A chain of tokens needs a vocabulary. Three ways to get one, all on features (..., dim); a fourth is in multiscale.py:
 
-    VectorQuantizer   a learned list of K vectors; the nearest one's number is the token (tokenizer, VAR)
+    VectorQuantizer   a learned list of K vectors; the nearest one's number is the token (tokenizer)
     FSQ               round a handful of bounded channels; the vocabulary is the grid itself, nothing to learn
     ResidualVQ        several lists in turn, each coding what the ones before left over (codec)
 
@@ -39,7 +39,7 @@ from torch import Tensor, nn
 
 class Quantized(NamedTuple):
     codes: Tensor  # (..., dim): the features after quantization; gradients pass straight through
-    indices: Tensor  # int64 (...), or (..., depth) from ResidualVQ, where -1 means "not sent"
+    indices: Tensor  # int64 (...); ResidualVQ: (..., depth), -1 for "not sent"; MultiScaleVQ: (B, sum of scale^2)
     loss: Tensor  # scalar: how far the features are from their codes (commitment); 0 for FSQ
 
 
@@ -182,7 +182,7 @@ def straight_through(z: Tensor, q: Tensor) -> Tensor:
 
 
 class Quantizer(nn.Module):
-    """What the three share: linear maps from features to the space of the codes and back, in float32."""
+    """What all of them share: linear maps from features to the space of the codes and back, in float32."""
 
     def __init__(self, dim: int, code_dim: int | None):
         super().__init__()
@@ -201,7 +201,7 @@ class Quantizer(nn.Module):
 
     def decode(self, indices: Tensor, **options) -> Tensor:
         """The codes of these indices, as forward gives them, in float32: int64 (...) -> (..., dim). options: of `lookup`.
-        An index outside the codebook raises IndexError (on a CPU)."""
+        An index outside a codebook raises IndexError (on a CPU)."""
         with torch.autocast(indices.device.type, enabled=False):
             return self.project_out(self.lookup(indices, **options))
 
@@ -278,7 +278,8 @@ class ResidualVQ(Quantizer):
     Sound needs it: one list of 2^64 codes is out of the question, 8 books of 256 are 8 x 8 bits. The first
     books say the most, so leaving out the last ones lowers the bit rate gracefully, provided that the decoder
     has heard short versions in training: `dropout` is the share of samples (first dimension of x) sent with a
-    random number of books, uniform from 1 to depth. What is not sent has index -1 and moves no codebook.
+    random number of books, uniform from 1 to depth. What is not sent has index -1 and moves no codebook
+    (the first batch, on which all of them start, apart).
 
     code_dim: dimension of all books, with one pair of projections around the chain; None for dim itself. The
     codes are Euclidean: on the unit sphere none could be as small as a late residual.

@@ -1,4 +1,4 @@
-"""Drawing from log-odds, guidance, and the order in which masked tokens are revealed: what samplers of tokens do at each step."""
+"""Drawing from logits, guidance, and the order in which masked tokens are revealed: what samplers of tokens do at each step."""
 
 import math
 
@@ -9,13 +9,15 @@ from nanogen.blocks.flow_matching import guided
 
 
 def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0) -> Tensor:
-    """One index for each row of log-odds (..., K) -> (...).
+    """One index for each row of logits (..., K) -> (...).
 
-    temperature divides the log-odds: below 1, safer and less varied; 0 takes the most likely index. top_k: only among
+    temperature divides the logits: below 1, safer and less varied; 0 takes the most likely index. top_k: only among
     the k most likely. top_p: only among the fewest that together have probability p (Holtzman et al. 2020).
     """
-    if temperature < 0:
-        raise ValueError(f"temperature must not be negative, got {temperature}")
+    if temperature < 0 or top_k < 0:
+        raise ValueError(f"temperature and top_k must not be negative, got {temperature} and {top_k}")
+    if not 0 < top_p <= 1:
+        raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")
     if temperature == 0:
         return logits.argmax(-1)
     logits = logits / temperature
@@ -39,7 +41,7 @@ def with_and_without(labels: Tensor, null: int, guidance: float) -> Tensor:
 
 
 def apply_guidance(logits: Tensor, guidance: float) -> Tensor:
-    """Log-odds of such a pass -> uncond + guidance (cond - uncond): (2 B, ...) -> (B, ...)."""
+    """Logits of such a pass -> uncond + guidance (cond - uncond): (2 B, ...) -> (B, ...)."""
     if guidance == 1:
         return logits
     return guided(*logits.chunk(2), guidance)
@@ -48,7 +50,7 @@ def apply_guidance(logits: Tensor, guidance: float) -> Tensor:
 def reveal_schedule(count: int, steps: int) -> list[int]:
     """How many of `count` tokens are known after each step: few at first, and at least one more each time.
 
-    The masked share falls as cos(pi/2 r): 12 steps for 64 tokens reveal 1, 2, 4, ... and 8 at the end.
+    The masked share falls as cos(pi/2 r): 12 steps for 64 tokens reveal 1, 2, 2, 4, ... and 8 at the end.
     """
     known, schedule = 0, []
     for step in range(1, steps + 1):

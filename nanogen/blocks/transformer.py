@@ -25,7 +25,8 @@ from torch import Tensor, nn
 class Transformer(nn.Module):
     """width: features of a token; depth: blocks; heads: attention heads, width / heads features each.
 
-    condition: whether forward takes a condition vector of size `width`.
+    condition: whether forward takes a condition vector of size `width`. expansion: features inside an MLP, times width.
+    dropout: on every residual branch.
     """
 
     def __init__(self, width: int, depth: int, heads: int, condition: bool = True, expansion: int = 4, dropout: float = 0.0):
@@ -60,8 +61,6 @@ class Transformer(nn.Module):
         for i, block in enumerate(self.blocks):
             parts = chunks[6 * i : 6 * i + 6] if chunks else None
             x = block(x, rotation, mask, causal, parts, cache.layers[i] if cache else None)
-        if cache:
-            cache.length += x.shape[1]
         x = norm(x)
         return x * (1 + chunks[-1]) + chunks[-2] if chunks else x
 
@@ -169,7 +168,6 @@ class Cache:
         device = transformer.blocks[0].out.weight.device
         shape = (batch, transformer.heads, capacity, transformer.width // transformer.heads)
         self.layers = [LayerCache(shape, device, dtype) for _ in transformer.blocks]
-        self.length = 0
 
 
 class WordVectors(nn.Module):
@@ -202,7 +200,6 @@ class ConditionEmbedding(nn.Module):
 
     def __init__(self, classes: int, width: int, time: bool = False):
         super().__init__()
-        self.classes = classes
         self.label = nn.Embedding(classes + 1, width)
         self.time = TimeEmbedding(width) if time else None
         nn.init.normal_(self.label.weight, std=0.5)

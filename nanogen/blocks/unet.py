@@ -9,7 +9,7 @@ Transformer. Stable Diffusion 1 and 2 are this network on latents; their success
 
 Sources: Ronneberger et al. 2015 (the shape); Ho et al. 2020 (for diffusion); Dhariwal & Nichol 2021 (scale and shift
 by the condition). Different here: pixels are folded into channels first (pixel-unshuffle), so that the costly full
-size holds no layers at all, and skips are handed over once a block.
+size holds no layers at all.
 """
 
 import torch
@@ -22,8 +22,9 @@ from nanogen.blocks.transformer import attention, norm
 class UNet(nn.Module):
     """Pictures (B, channels, H, W) and a condition (B, condition) -> same shape as the pictures.
 
-    widths: channels at 1/fold, 1/(2 fold), ... of the size; blocks: residual blocks per level and direction;
-    attention_at: number of coarsest levels with self-attention; fold: side of the pixel block folded into channels.
+    widths: channels at 1/fold, 1/(2 fold), ... of the size, multiples of 16; blocks: residual blocks per level and direction;
+    attention_at: number of coarsest levels with self-attention (the middle always has it); fold: side of the pixel block that
+    is folded into channels.
     """
 
     def __init__(self, channels: int, widths: tuple[int, ...], blocks: int, attention_at: int, condition: int, fold: int = 2):
@@ -113,11 +114,11 @@ class ResidualBlock(nn.Module):
 
 
 class SelfAttention(nn.Module):
-    """Every place of the map looks at every other: (B, C, H, W), same shape. 32 channels a head."""
+    """Every place of the map looks at every other: (B, C, H, W), same shape. 32 channels a head, or 16 where 32 do not fit."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.heads = width // 32
+        self.heads = width // (16 if width % 32 else 32)
         self.norm = nn.GroupNorm(width // 16, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = nn.Conv2d(width, width, 1)
@@ -127,7 +128,7 @@ class SelfAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         batch, width, height, breadth = x.shape
         qkv = self.qkv(self.norm(x)).view(batch, 3, self.heads, width // self.heads, height * breadth)
-        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, 32) each
+        q, k, v = qkv.transpose(-1, -2).unbind(1)  # (B, heads, H W, 32 or 16) each
         mixed = attention(norm(q), norm(k), v)
         return x + self.out(mixed.transpose(-1, -2).reshape(x.shape))
 
@@ -152,3 +153,12 @@ class Upsample(nn.Module):
 
     def forward(self, x: Tensor, condition: Tensor | None = None) -> Tensor:
         return F.pixel_shuffle(self.conv(x), 2)
+
+
+def check_fit(size: int, widths: tuple[int, ...]) -> None:
+    """Refuse, by name, what networks of this kind cannot take: pictures that do not halve once for each of `widths` (the first
+    time by folding), and channels that do not come in groups of 16. Raises ValueError."""
+    if not widths or any(width < 1 or width % 16 for width in widths):
+        raise ValueError(f"widths must be multiples of 16, got {widths}")
+    if size % 2 ** len(widths):
+        raise ValueError(f"size must be a multiple of {2 ** len(widths)} pixels with {len(widths)} widths, got {size}")

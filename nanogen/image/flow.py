@@ -33,12 +33,13 @@ from nanogen.blocks.flow_matching import (
     flow_loss,
     guide,
     logit_normal_times,
+    loss_by_time,
     solve,
     solve_diffusion,
     uniform_times,
 )
 from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
-from nanogen.blocks.unet import UNet
+from nanogen.blocks.unet import UNet, check_fit
 
 
 @dataclass
@@ -63,7 +64,8 @@ class Config:
 def stands_on(config: Config) -> tuple[str, dict] | None:
     """The chapter underneath and what it must be, as fields of its Config; None: there is none."""
     if config.objective == "reflow":
-        return "flow", {"objective": "flow", "network": "unet"}
+        same = {name: getattr(config, name) for name in ("widths", "blocks", "attention_at", "width")}  # it starts as its teacher
+        return "flow", {"objective": "flow", "network": "unet"} | same
     return ("tokenizer", {"bottleneck": "kl"}) if config.network == "dit" else None
 
 
@@ -81,11 +83,14 @@ class Flow(nn.Module):
             raise ValueError(f"width must be at least 1, got {config.width}")
         if config.objective == "reflow" and (config.network != "unet" or base is None):
             raise ValueError("reflow needs network unet and a finished flow to start from")
+        if config.network == "dit" and base is None:
+            raise ValueError("a dit needs a KL tokenizer to stand on")
         self.config = config
         reflow = config.objective == "reflow"
         self.teacher, self.tokenizer = ([base], []) if reflow else ([], [base])  # in lists: frozen, not in the saved weights
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
         if config.network == "unet":
+            check_fit(config.size, config.widths)
             self.shape = (3, config.size, config.size)
             self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         else:
@@ -130,10 +135,8 @@ class Flow(nn.Module):
         objective = diffusion_loss if self.config.objective == "ddpm" else flow_loss
         times = logit_normal_times if self.config.times == "logit-normal" else uniform_times
         loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, times, noise)
-        thirds = (t * 3).long().clamp(max=2)  # the loss near the noise, in the middle, near the data
-        share = torch.bincount(thirds, minlength=3).clamp(min=1)
-        by_time = torch.zeros(3, device=t.device).index_add_(0, thirds, each.detach()) / share
-        return loss, dict(zip(("loss_noise", "loss_middle", "loss_data"), by_time, strict=True))
+        thirds = loss_by_time(each, t, 3).nan_to_num()  # near the noise, in the middle, near the data; 0 where no t fell
+        return loss, dict(zip(("loss_noise", "loss_middle", "loss_data"), thirds, strict=True))
 
     @torch.no_grad()
     def sample(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0,

@@ -39,8 +39,8 @@ class Config:
     depth: int = 6  # blocks
     heads: int = 3  # attention heads
     head: str = "flow"  # generation head: flow, diffusion, mse or categorical (for codes only)
-    head_width: int = 192  # features inside the generation head
-    head_depth: int = 2  # its layers
+    head_width: int = 192  # features inside the generation head; not of a categorical one
+    head_depth: int = 2  # layers of a flow or diffusion head
     head_repeat: int = 4  # flow and diffusion: noises for each token of a training batch
     tokens: str = "latents"  # latents (of a KL tokenizer), codes (of a VQ tokenizer) or patches (raw 4x4 pixels)
     order: str = "halton"  # the sampler's default order, halton or random; raster: another network, causal, token by token
@@ -228,8 +228,9 @@ class MAR(nn.Module):
         """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
 
         steps: passes of the Transformer, 12 unless told (in a chain, one for each token); head_steps: passes of the head
-        for each token (flow: 8 unless told, diffusion: 16); guidance: reached with the last token; temperature: of the head;
-        order: random or halton; cached: in a chain, keep keys and values of the past. Raises ValueError for what cannot be.
+        for each token (flow: 8 unless told, an odd one is left out; diffusion: 16); guidance: reached with the last token;
+        temperature: of the head; order: random or halton; cached: in a chain, keep keys and values of the past. Raises
+        ValueError for what cannot be.
         """
         history = self.reveal(labels, steps, guidance, temperature, seed, order, head_steps, cached)
         images = self.to_pictures(history[-1])

@@ -45,14 +45,16 @@ class Config:
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     smoothing: float = 0.1  # label smoothing of the cross-entropy
     order: str = "confidence"  # the sampler's default order: confidence or halton
-    gumbel: float = 4.5  # tau, how much chance there is in the order by confidence, at the first step
+    gumbel: float = 4.5  # tau, how much chance there is in the order by confidence; falls to 0 at the last step
     bottleneck: str = "vq"  # the tokenizer to stand on: vq or fsq
     size: int = 32  # side of the pictures in pixels
     classes: int = 10  # number of labels
 
 
 def stands_on(config: Config) -> tuple[str, dict]:
-    """The chapter underneath, and what it must be: fields of its Config."""
+    """The chapter underneath, and what it must be: fields of its Config. ValueError for a bottleneck without words in a grid."""
+    if config.bottleneck not in ("vq", "fsq"):
+        raise ValueError(f"bottleneck must be vq or fsq, got {config.bottleneck!r}")
     return "tokenizer", {"bottleneck": config.bottleneck}
 
 
@@ -82,7 +84,7 @@ class MaskGIT(nn.Module):
         return self.embedding(), self.head()
 
     def logits(self, tokens: Tensor, labels: Tensor, words: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Tokens (B, T), some masked -> log-odds for every place (B, T, vocabulary)."""
+        """Tokens (B, T), some masked -> logits for every place (B, T, vocabulary)."""
         vectors, head = words or self.words()
         x = F.embedding(tokens, vectors)
         square = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, h, w)

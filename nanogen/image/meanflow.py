@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from nanogen.blocks.flow_matching import expand, guided, logit_normal_times
 from nanogen.blocks.transformer import ConditionEmbedding, TimeEmbedding, drop_labels
-from nanogen.blocks.unet import UNet
+from nanogen.blocks.unet import UNet, check_fit
 
 Average = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # u: (x (B, ...), t (B,), r (B,), labels (B,)) -> (B, ...)
 SLOW = 0.05  # times are embedded as SLOW t: waves of up to 1000 rad would have slopes of 1000, and du/dt would be noise
@@ -122,6 +122,7 @@ class MeanFlow(nn.Module):
         for name, (good, wanted) in rules.items():
             if not good:
                 raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+        check_fit(config.size, config.widths)
         self.config = config
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
         self.interval = TimeEmbedding(config.width)  # of r - t

@@ -79,7 +79,7 @@ class PixelAR(nn.Module):
         return self.inp(value_features(torch.cat(seen, dim=-1)).flatten(2)).float()
 
     def colour_logits(self, h: Tensor, pixels: Tensor, tables: list[Tensor] | None = None) -> list[Tensor]:
-        """h: (B, T, width); pixels: (B, T, up to 3), as many colours as known -> log-odds of those and the next colour.
+        """h: (B, T, width); pixels: (B, T, up to 3), as many colours as known -> logits of those and the next colour.
         tables: of the heads, if a sampler has them already."""
         tables, logits = tables or [head() for head in self.heads], []
         for i in range(min(pixels.shape[-1] + 1, 3)):

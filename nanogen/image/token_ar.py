@@ -46,7 +46,9 @@ class Config:
 
 
 def stands_on(config: Config) -> tuple[str, dict]:
-    """The chapter underneath, and what it must be: fields of its Config."""
+    """The chapter underneath, and what it must be: fields of its Config. ValueError for a bottleneck without words in a grid."""
+    if config.bottleneck not in ("vq", "fsq"):
+        raise ValueError(f"bottleneck must be vq or fsq, got {config.bottleneck!r}")
     return "tokenizer", {"bottleneck": config.bottleneck}
 
 
@@ -91,7 +93,7 @@ class TokenAR(nn.Module):
         return x
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """All tokens (B, T) at once -> log-odds of each, given those before it: (B, T, vocabulary)."""
+        """All tokens (B, T) at once -> logits of each, given those before it: (B, T, vocabulary)."""
         words = self.words()
         x = self.embed(tokens[:, :-1], words=words)
         x = self.transformer(x, self.angles[: x.shape[1]], causal=True, condition=self.label(labels))
@@ -127,7 +129,7 @@ class TokenAR(nn.Module):
             logits = apply_guidance((h[:, -1] @ words[-1].mT).float(), guidance)
             token = draw(logits, generator, temperature, top_k, top_p)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
-            if frames and (i + 1) % max(count // 16, 1) == 0:
+            if frames and ((i + 1) % max(count // 16, 1) == 0 or i + 1 == count):
                 pictures.append(show_partial(self.tokenizer[0], F.pad(tokens, (0, count - i - 1), value=-1)))
         images = self.tokenizer[0].decode(tokens)
         return (images, pictures) if frames else images

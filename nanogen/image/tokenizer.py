@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from nanogen.blocks.multiscale import MultiScaleVQ
 from nanogen.blocks.quantize import FSQ, VectorQuantizer
-from nanogen.blocks.unet import Downsample, ResidualBlock, Upsample
+from nanogen.blocks.unet import Downsample, ResidualBlock, Upsample, check_fit
 
 BOTTLENECKS = ("vq", "fsq", "multiscale", "kl", "none")
 
@@ -58,6 +58,7 @@ class Tokenizer(nn.Module):
         super().__init__()
         if config.bottleneck not in BOTTLENECKS:
             raise ValueError(f"bottleneck must be one of {', '.join(BOTTLENECKS)}, got {config.bottleneck!r}")
+        check_fit(config.size, config.widths)
         self.config = config
         self.grid = config.size // 2 ** len(config.widths)
         width = config.widths[-1]
@@ -76,7 +77,7 @@ class Tokenizer(nn.Module):
         self.eye = []  # holds the classifier behind the perceptual loss; in a list: not a sub-module
 
     def bottleneck(self, features: Tensor) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Encoder features (B, C, h, w) -> (tokens as vectors (B, C', h, w), indices (B, h w) or None, loss)."""
+        """Encoder features (B, C, h, w) -> (tokens as vectors (B, C', h, w), indices (B, tokens) or None, loss)."""
         if self.quantizer is not None:
             codes, indices, loss = self.quantizer(features.permute(0, 2, 3, 1))
             return codes.permute(0, 3, 1, 2), indices.flatten(1), loss
@@ -103,7 +104,8 @@ class Tokenizer(nn.Module):
 
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
-        """(B, 3, H, W) -> indices (B, h w) for vq and fsq; for kl and none the vectors (B, C, h, w)."""
+        """(B, 3, H, W) -> indices (B, h w) for vq and fsq, (B, sum of scale^2) for multiscale; for kl and none the vectors
+        (B, C, h, w)."""
         z, indices, _ = self.bottleneck(self.encoder(images))
         return z if indices is None else indices
 

@@ -54,7 +54,7 @@ class Config:
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
     codes: int = 184  # vocabulary of the tokenizer: 85 tokens of 7.5 bits say as much as 64 of 10
-    passes: tuple[int, ...] = (1, 1, 1, 3)  # how many draw each of the tokenizer's scales
+    passes: tuple[int, ...] = (3,)  # how many draw each of the tokenizer's last scales; 1 draws each of those before
     size: int = 32  # side of the pictures in pixels
     classes: int = 10  # number of labels
 
@@ -73,12 +73,12 @@ class VAR(nn.Module):
         self.tokenizer = [tokenizer]  # in a list: not a sub-module
         scales = tokenizer.quantizer.scales
         self.scales, self.vocabulary = scales, tokenizer.vocabulary
+        steps, self.scale_of = plan(scales, config.passes)  # the step of each token; the scale of each step
         self.label = ConditionEmbedding(config.classes, config.width)
         self.embed = nn.Conv2d(tokenizer.config.code_dim, config.width, 3, padding=1)
-        self.step = nn.Embedding(sum(config.passes), config.width)
+        self.step = nn.Embedding(len(self.scale_of), config.width)
         self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
         self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        steps, self.scale_of = plan(scales, config.passes)  # the step of each token; the scale of each step
         places = torch.cat([(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales])
         self.counts = steps.bincount().tolist()  # tokens of each step
         self.ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()  # tokens up to the end of each scale
@@ -102,7 +102,7 @@ class VAR(nn.Module):
         return self.embed(shrink(total, side)).flatten(2).transpose(1, 2)[:, cells] + self.step.weight[step]
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """All tokens (B, T) at once -> log-odds of each, given those of the steps before its own: (B, T, vocabulary)."""
+        """All tokens (B, T) at once -> logits of each, given those of the steps before its own: (B, T, vocabulary)."""
         x = torch.cat([self.input(tokens, step) for step in range(len(self.counts))], dim=1)[:, self.order.argsort()]
         x = self.transformer(x, self.angles, mask=self.mask, condition=self.label(labels))
         return (x @ self.head().mT).float()
@@ -118,7 +118,7 @@ class VAR(nn.Module):
     @torch.no_grad()
     def draw_tokens(self, labels: Tensor, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0, top_k: int = 0,
                     top_p: float = 1.0, cached: bool = True, prefix: Tensor | None = None) -> Tensor:
-        """The tokens of pictures of these labels (B,): (B, T), drawn in sum(passes) steps.
+        """The tokens of pictures of these labels (B,): (B, T), drawn step by step.
 
         Guidance grows evenly over the scales, from none at the first to all of it at the last: the coarse scales decide
         what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at every step.
@@ -132,7 +132,7 @@ class VAR(nn.Module):
         modulation = self.transformer.modulate(self.label(with_and_without(labels, self.config.classes, guidance)))
         head = self.head()  # both are the same for the whole chain
         cache = Cache(self.transformer, len(modulation), len(self.steps), modulation.dtype) if cached else None
-        inputs, parts = [], self.order.split(self.counts)
+        inputs, parts, finest = [], self.order.split(self.counts), len(self.scales) - 1
         for step, cells in enumerate(parts):
             x = self.input(tokens, step)
             x = x if guidance == 1 else torch.cat([x, x])
@@ -142,7 +142,7 @@ class VAR(nn.Module):
                 inputs.append(x)
                 seen = torch.cat(parts[: step + 1])
                 h = self.transformer(torch.cat(inputs, dim=1), self.angles[seen], self.mask[seen][:, seen], modulation=modulation)
-            ramp = 1 + (guidance - 1) * self.scale_of[step] / max(len(self.scales) - 1, 1)
+            ramp = 1 + (guidance - 1) * self.scale_of[step] / finest if finest else guidance
             logits = (h[:, -len(cells) :] @ head.mT).float()
             logits = logits[: len(labels)] if ramp == 1 else apply_guidance(logits, ramp)
             if cells[0] >= given:
@@ -170,10 +170,11 @@ class VAR(nn.Module):
 def plan(scales: tuple[int, ...], passes: tuple[int, ...]) -> tuple[Tensor, list[int]]:
     """(T,) the step that draws each token, scale after scale, and the scale that each step belongs to.
 
-    passes: how many steps draw each scale. Raises ValueError where they do not fit the scales.
+    passes: how many steps draw each of the last scales; 1 draws each of those before. ValueError where they do not fit.
     """
-    if len(passes) != len(scales) or min(passes) < 1:
-        raise ValueError(f"passes must be {len(scales)} numbers from 1 on, one for each scale, got {passes}")
+    if not 1 <= len(passes) <= len(scales) or min(passes) < 1:
+        raise ValueError(f"passes must be 1 to {len(scales)} numbers from 1 on, for the last scales, got {passes}")
+    passes = (1,) * (len(scales) - len(passes)) + tuple(passes)
     scale_of = [k for k, count in enumerate(passes) for _ in range(count)]
     steps = torch.cat([scale_of.index(k) + doubling(side, passes[k]) for k, side in enumerate(scales)])
     if len(steps.unique()) < len(scale_of):

@@ -81,8 +81,9 @@ def prepare(model: nn.Module, source: Images | Sounds, config, flip: bool = True
         return {"images": images, "labels": labels, "second": torch.from_numpy(source.truth["train_background"])}
     if not hasattr(model, "prepare") or getattr(model, "tokenizer", []) == [None]:  # the chapter stands on nothing this time
         return {"images": images, "labels": labels}
-    if base and base.chapter == "flow":  # pairs are drawn, not encoded: as many as asked, and none mirrored
-        images, labels, flip = images[: config.reflow_pairs], labels[: config.reflow_pairs], False
+    if base and base.chapter == "flow":  # pairs are drawn, not encoded: as many as asked, of labels as in the data, none mirrored
+        some = torch.randint(len(labels), (config.reflow_pairs,))
+        images, labels, flip = images[some], labels[some], False
     model.to(machine.device())
     parts: dict[str, list[Tensor]] = {}
     for mirrored in (False, True) if flip else (False,):

@@ -172,8 +172,7 @@ def run_name(chapter: str, data: str, overrides: dict) -> str:
 
 def base_run(chapter: str, config, data: str, folder: Path, count: int | None, quiet: bool) -> Run | None:
     """The run that this chapter stands on (a tokenizer, for reflow a flow), beside it: loaded, or trained now and said so."""
-    stands_on = getattr(CHAPTERS[chapter], "stands_on", None)
-    needs = stands_on(config) if stands_on else None
+    needs = foundation(chapter, config)
     if needs is None:
         return None
     if (folder / "config.json").exists() and "base" in (saved := read_config(folder)):
@@ -181,14 +180,29 @@ def base_run(chapter: str, config, data: str, folder: Path, count: int | None, q
     place = folder.parent / run_name(needs[0], data, needs[1])
     if not (place / "model.safetensors").exists():
         say(quiet, f"{chapter} stands on a {needs[0]}; {place} is not there or not finished, so it is trained first.")
-    return fitting(train_run(needs[0], data, needs[1], place, resume=True, count=count, quiet=quiet), needs[1], config)
+    base = train_run(needs[0], data, needs[1] | size_of(config), place, resume=True, count=count, quiet=quiet)
+    return fitting(base, needs[1], config)
+
+
+def foundation(chapter: str, config) -> tuple[str, dict] | None:
+    """The chapter that this one stands on, and what that one must be; None: on nothing."""
+    stands_on = getattr(CHAPTERS[chapter], "stands_on", None)
+    try:
+        return stands_on(config) if stands_on else None
+    except ValueError as error:
+        raise UserError(f"{chapter} cannot be built like this: {error}.") from error
+
+
+def size_of(config) -> dict:
+    """With pictures, what is underneath must be for the same size."""
+    return {"size": config.size} if hasattr(config, "size") else {}
 
 
 def fitting(base: Run, needs: dict, config) -> Run:
     """The run underneath, if it is of the kind and, with pictures, for the size that the chapter needs."""
-    for name, wanted in (needs | ({"size": config.size} if hasattr(config, "size") else {})).items():
-        if base.config["config"][name] != wanted:
-            found = base.config["config"][name]
+    for name, wanted in (needs | size_of(config)).items():
+        found = base.config["config"][name]
+        if found != (list(wanted) if isinstance(wanted, tuple) else wanted):  # as JSON has it
             raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
     return base
 
