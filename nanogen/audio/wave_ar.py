@@ -109,7 +109,8 @@ class WaveAR(nn.Module):
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
         speakers = torch.where(labels == config.classes, config.speakers, batch["speakers"])  # both or none
         # Windows may begin before the clip, and are then moved to its beginning: else that would hardly ever be scored.
-        room = (lengths + 1 - config.crop + self.receptive_field).clamp(min=1)
+        # The last one ends with the END, the word at place `length`.
+        room = (lengths + 2 - config.crop + self.receptive_field).clamp(min=1)
         start = ((torch.rand(len(lengths), device=lengths.device) * room).long() - self.receptive_field).clamp(min=0)
         before, words, scored = self.window(batch["codes"], lengths, start, config.crop)
         nats = F.cross_entropy(self.logits(before, labels, speakers).flatten(0, 1), words.flatten(), reduction="none")
