@@ -153,7 +153,7 @@ def test_counting_costs_what_chance_and_certainty_say():
 
 
 def test_a_clip_stops_at_its_end_and_lengths_are_right(monkeypatch):
-    model, ends = tiny_wave(), [5, 0, 20, 99]
+    model, ends = tiny_wave(), [5, 0, 20, 999]
 
     def fake(logits, *arguments):
         fake.place += 1
@@ -164,6 +164,8 @@ def test_a_clip_stops_at_its_end_and_lengths_are_right(monkeypatch):
     waveforms, lengths = model.sample(LABELS, SPEAKERS, seconds=0.005)
     assert lengths.tolist() == [5, 0, 20, 40] and waveforms.shape == (4, 40)
     assert torch.equal(waveforms != 0, torch.arange(40) < lengths[:, None])
+    fake.place, model.config.seconds = -1, 0.01
+    assert model.sample(LABELS, SPEAKERS)[1].tolist() == [5, 0, 20, 80]  # unless told, as long as it has learned
     with pytest.raises(ValueError, match="at least 1"):
         model.sample(LABELS, SPEAKERS, seconds=0.0)
 

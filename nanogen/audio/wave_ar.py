@@ -144,15 +144,15 @@ class WaveAR(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, speakers: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0,
-               seed: int = 0, seconds: float = 0.5, top_k: int = 0, top_p: float = 1.0,
+               seed: int = 0, seconds: float | None = None, top_k: int = 0, top_p: float = 1.0,
                cached: bool = True) -> tuple[Tensor, Tensor]:
         """Clips of these labels by these speakers, (B,) each: (waveforms (B, T) in [-1, 1], lengths (B,) in samples).
 
-        A clip ends with its END, at the latest after `seconds`; what follows is 0. One step per sample: `steps` is another
-        way to give the longest length. cached=False computes the receptive field anew for every sample. The others:
-        `blocks/sampling.py`. Raises ValueError where no sample is asked for.
+        A clip ends with its END, at the latest after `seconds`, those of the Config unless told; what follows is 0. One step
+        per sample: `steps` is another way to give the longest length. cached=False computes the receptive field anew for
+        every sample. The others: `blocks/sampling.py`. Raises ValueError where no sample is asked for.
         """
-        count, batch = steps or round(seconds * RATE), len(labels)
+        count, batch = steps or round((self.config.seconds if seconds is None else seconds) * RATE), len(labels)
         if count < 1:
             raise ValueError(f"steps must be at least 1 sample, got {count}")
         generator = torch.Generator(labels.device).manual_seed(seed)
