@@ -35,7 +35,8 @@ SHOWN = 6  # test clips whose reconstructions are kept to be listened to
 
 def evaluate_judge(run: Run, source: Sounds) -> dict:
     test = sound_tensors(source, "test", run.model.config.seconds)
-    numbers = opinion(run.model, test["waveforms"], test["labels"], test["speakers"])
+    speakers = hide_strangers(test["speakers"], source, run.model.config.second)
+    numbers = opinion(run.model, test["waveforms"], test["labels"], speakers)
     return {name.replace("class", "test"): value for name, value in numbers.items()}
 
 
@@ -159,7 +160,7 @@ def judge_sounds(waveforms: Tensor, labels: Tensor, speakers: Tensor, source: So
 def held_out_bits(run: Run, source: Sounds) -> dict:
     """Bits per sample of the test clips by the model, and by compressors that have only counted."""
     test, train = (sound_tensors(source, part, run.model.config.seconds) for part in ("test", "train"))
-    test["speakers"] = test["speakers"].clamp(max=run.model.config.speakers)  # whom nobody knows is "no speaker"
+    test["speakers"] = hide_strangers(test["speakers"], source, run.model.config.speakers)
     nats, codes = [], {}
     for rows in zip(*(tensor.split(20) for tensor in test.values()), strict=True):
         batch = run.model.prepare(*(row.to(machine.device()) for row in rows))
@@ -175,6 +176,12 @@ def held_out_bits(run: Run, source: Sounds) -> dict:
 
 
 # ---- helpers
+
+
+def hide_strangers(speakers: Tensor, source: Sounds, nobody: int) -> Tensor:
+    """Speakers (N,), with the number `nobody` for those who have no clip to learn from."""
+    known = torch.isin(speakers, torch.from_numpy(source.train_speakers))
+    return torch.where(known, speakers, nobody).clamp(max=nobody)
 
 
 def every(n: int, total: int) -> list[int]:
