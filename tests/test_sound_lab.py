@@ -222,7 +222,10 @@ def test_codecs_that_learn_nothing_get_better_with_every_bit():
         assert marks == sorted(marks)
     _, (rate, bits) = sound_baselines.mu_law(waveforms, 2)
     assert rate * bits <= 2000
-    assert sound_metrics.si_sdr(clean, sound_baselines.mu_law(waveforms, 64)[0].ravel()) > 25  # the telephone
+    telephone, pair = sound_baselines.mu_law(waveforms, 64)
+    assert sound_metrics.si_sdr(clean, telephone.ravel()) > 25 and pair == (8000, 8)
+    more, pair = sound_baselines.mu_law(waveforms, 128)  # has no use for them
+    assert np.array_equal(more, telephone) and pair == (8000, 8)
 
 
 def test_linear_prediction_of_silence_is_silence():
