@@ -8,8 +8,8 @@ sends only what a throat did: loudness, pitch, and ten numbers for the shape of 
 
 Sources: ITU-T G.711 (mu-law); Tremain 1982, "The Government Standard Linear Predictive Coding Algorithm: LPC-10".
 Different here: plain mu-law with rounding to any number of bits; a vocoder with one rate of 54 bits per frame, whose
-frames come closer together or further apart for other bit rates, and with an evenly spaced pitch table. Neither sends its
-loudest sample, 8 bits a clip, for which nobody is charged.
+frames come closer together or further apart for other bit rates, and with an evenly spaced pitch table. Mu-law scales each
+clip to its loudest sample, 8 bits a clip for which it is not charged.
 """
 
 import numpy as np
@@ -21,8 +21,8 @@ MU = 255
 ORDER = 10  # coefficients of the filter: two for each of four formants, and two for the slope
 BITS = (5, 5, 5, 5, 4, 4, 4, 4, 3, 2)  # for each of them: the first ones matter most
 PITCH_BITS, GAIN_BITS = 7, 6  # 41 + 7 + 6 = 54 bits a frame
-WINDOW = 256  # samples that a frame looks at: 32 ms, two periods of the lowest voice
-LAGS = (20, 147)  # a period in samples: 400 to 54 Hz, and 127 steps of one sample
+WINDOW = 256  # samples that a frame looks at: 32 ms, not quite two periods of the lowest voice
+LAGS = (20, 147)  # a period in samples: 400 to 55 Hz, and 127 steps of one sample
 SOFTEST = 1e-5  # the least gain that is sent
 STEP = 40  # samples between two updates of the synthesis filter: 5 ms
 
