@@ -14,10 +14,10 @@ clip to its loudest sample, 8 bits a clip for which it is not charged.
 
 import numpy as np
 
+from nanogen.audio.wave_ar import MU
 from nanogen.data.folders import SAMPLE_RATE, resample
 from nanogen.lab.sound_metrics import si_sdr
 
-MU = 255
 ORDER = 10  # coefficients of the filter: two for each of four formants, and two for the slope
 BITS = (5, 5, 5, 5, 4, 4, 4, 4, 3, 2)  # for each of them: the first ones matter most
 PITCH_BITS, GAIN_BITS = 7, 6  # 41 + 7 + 6 = 54 bits a frame
