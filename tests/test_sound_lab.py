@@ -15,7 +15,7 @@ from nanogen import UserError
 from nanogen.__main__ import main
 from nanogen.data import voices
 from nanogen.data.datasets import Sounds, load
-from nanogen.lab import coding, evaluate_sound, judges, prepare, report, runs, sampling, sound_baselines, sound_metrics
+from nanogen.lab import coding, evaluate_sound, judges, machine, prepare, report, runs, sampling, sound_baselines, sound_metrics
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.runs import load_run, make_config, train_run
 from nanogen.lab.train import draw_batch, train
@@ -288,6 +288,16 @@ def test_evaluation_of_sound(chapter, finished, tmp_path):
         assert numbers["seconds_per_second_of_sound"] > 0
         page = report.write([run.folder], tmp_path / "page.html").read_text()
         assert page.count("<audio controls") == 8 and "000: 0, ann<" in page and "speaker accuracy" in page and "codec-fsdd" in page or chapter == "wave_ar"
+
+
+def test_the_speed_of_a_codec_is_measured_in_the_precision_that_stands_beside_it(finished, monkeypatch):
+    monkeypatch.setattr(machine, "precision", lambda: torch.bfloat16)
+    model, lowered = finished["codec"].model, []
+    for name in ("encode", "decode"):
+        function = getattr(model, name)
+        monkeypatch.setattr(model, name, lambda x, f=function: lowered.append(torch.is_autocast_enabled("cpu")) or f(x))
+    evaluate_sound.codec_speed(model, [np.zeros(4000, np.float32)])
+    assert len(lowered) == 7 and all(lowered)
 
 
 def test_a_speaker_who_was_left_out_is_nobody(finished, tmp_path, monkeypatch):
