@@ -77,7 +77,7 @@ class WaveAR(nn.Module):
         return self.modulation(self.label(labels) + self.speaker(speakers)).chunk(self.config.layers, dim=-1)
 
     def logits(self, previous: Tensor, labels: Tensor, speakers: Tensor) -> Tensor:
-        """previous: (B, T), the word before each place -> log-odds of the word at each place: (B, T, 257)."""
+        """previous: (B, T), the word before each place -> logits of the word at each place: (B, T, 257)."""
         x = F.embedding(previous, self.embedding())  # (B, T, width)
         for layer, bias in zip(self.layers, self.biases(labels, speakers), strict=True):
             past = F.pad(x, (0, 0, layer.dilation, 0))[:, : x.shape[1]]  # before the clip there is nothing: 0
@@ -85,7 +85,7 @@ class WaveAR(nn.Module):
         return self.answer(x, self.head())
 
     def answer(self, x: Tensor, table: Tensor) -> Tensor:
-        """Features (..., width) and the head's table -> log-odds (..., 257)."""
+        """Features (..., width) and the head's table -> logits (..., 257)."""
         return (F.gelu(self.mix(norm(x))) @ table.mT).float()
 
     def window(self, codes: Tensor, lengths: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
