@@ -133,7 +133,7 @@ class WaveAR(nn.Module):
         return [self.mix.weight.new_zeros(layer.dilation, batch, self.config.width) for layer in self.layers]
 
     def step(self, previous: Tensor, place: int, rings: list[Tensor], biases, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """previous: (B,), the word before `place` -> log-odds of the word there, (B, 257). Writes into the rings."""
+        """previous: (B,), the word before `place` -> logits of the word there, (B, 257). Writes into the rings."""
         x = F.embedding(previous, tables[0])
         for layer, ring, bias in zip(self.layers, rings, biases, strict=True):
             slot = ring[place % layer.dilation]  # written `dilation` samples ago
