@@ -123,6 +123,19 @@ def test_a_window_says_of_each_place_what_the_whole_clip_says(start):
     assert (words[2][scored[2]][-1:] == wave_ar.BOUNDARY).all()
 
 
+def test_windows_are_drawn_up_to_the_end_and_not_beyond(monkeypatch):
+    model, drawn = tiny_wave(), []
+    window = model.window
+    monkeypatch.setattr(model, "window", lambda *arguments: drawn.append((arguments[2], *window(*arguments))) or drawn[0][1:])
+    lengths = torch.tensor([20, 31, 32, 35]).repeat(200)
+    model.loss({"codes": clips(800), "lengths": lengths, "labels": LABELS.repeat(200), "speakers": SPEAKERS.repeat(200)})
+    start, _, words, scored = drawn[0]
+    assert [set(start[i::4].tolist()) for i in range(4)] == [{0}, {0}, {0, 1}, {0, 1, 2, 3, 4}]  # crop is 32
+    ends = scored & (words == wave_ar.BOUNDARY)
+    assert torch.equal(ends.sum(1), (start + 32 > lengths).long())  # in the last window of each clip, and in no other
+    assert not (scored & (start[:, None] + torch.arange(32) > lengths[:, None])).any()
+
+
 def test_counting_costs_what_chance_and_certainty_say():
     torch.manual_seed(0)
     noise = [torch.randint(1, 256, (4000,)).byte() for _ in range(60)]
@@ -140,7 +153,7 @@ def test_counting_costs_what_chance_and_certainty_say():
 
 
 def test_a_clip_stops_at_its_end_and_lengths_are_right(monkeypatch):
-    model, ends = tiny_wave(), [5, 0, 20, 99]
+    model, ends = tiny_wave(), [5, 0, 20, 999]
 
     def fake(logits, *arguments):
         fake.place += 1
@@ -151,6 +164,8 @@ def test_a_clip_stops_at_its_end_and_lengths_are_right(monkeypatch):
     waveforms, lengths = model.sample(LABELS, SPEAKERS, seconds=0.005)
     assert lengths.tolist() == [5, 0, 20, 40] and waveforms.shape == (4, 40)
     assert torch.equal(waveforms != 0, torch.arange(40) < lengths[:, None])
+    fake.place, model.config.seconds = -1, 0.01
+    assert model.sample(LABELS, SPEAKERS)[1].tolist() == [5, 0, 20, 80]  # unless told, as long as it has learned
     with pytest.raises(ValueError, match="at least 1"):
         model.sample(LABELS, SPEAKERS, seconds=0.0)
 

@@ -172,7 +172,7 @@ class AudioLM(nn.Module):
         return self.transformer(self.embed(inputs, words), self.angles, causal=True, condition=condition)
 
     def logits(self, tokens: Tensor, labels: Tensor, speakers: Tensor) -> Tensor:
-        """Words (B, F, K), -1 after the end -> log-odds of each, given those of earlier steps: (B, F, K, vocabulary + 1)."""
+        """Words (B, F, K), -1 after the end -> logits of each, given those of earlier steps: (B, F, K, vocabulary + 1)."""
         words = self.words()
         grid = to_pattern(torch.where(tokens < 0, self.nothing, tokens), self.config.pattern, self.nothing)
         h = self.directions(grid, labels, speakers, words)

@@ -77,7 +77,7 @@ class WaveAR(nn.Module):
         return self.modulation(self.label(labels) + self.speaker(speakers)).chunk(self.config.layers, dim=-1)
 
     def logits(self, previous: Tensor, labels: Tensor, speakers: Tensor) -> Tensor:
-        """previous: (B, T), the word before each place -> log-odds of the word at each place: (B, T, 257)."""
+        """previous: (B, T), the word before each place -> logits of the word at each place: (B, T, 257)."""
         x = F.embedding(previous, self.embedding())  # (B, T, width)
         for layer, bias in zip(self.layers, self.biases(labels, speakers), strict=True):
             past = F.pad(x, (0, 0, layer.dilation, 0))[:, : x.shape[1]]  # before the clip there is nothing: 0
@@ -85,7 +85,7 @@ class WaveAR(nn.Module):
         return self.answer(x, self.head())
 
     def answer(self, x: Tensor, table: Tensor) -> Tensor:
-        """Features (..., width) and the head's table -> log-odds (..., 257)."""
+        """Features (..., width) and the head's table -> logits (..., 257)."""
         return (F.gelu(self.mix(norm(x))) @ table.mT).float()
 
     def window(self, codes: Tensor, lengths: Tensor, start: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,7 +109,8 @@ class WaveAR(nn.Module):
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
         speakers = torch.where(labels == config.classes, config.speakers, batch["speakers"])  # both or none
         # Windows may begin before the clip, and are then moved to its beginning: else that would hardly ever be scored.
-        room = (lengths + 1 - config.crop + self.receptive_field).clamp(min=1)
+        # The last one ends with the END, the word at place `length`.
+        room = (lengths + 2 - config.crop + self.receptive_field).clamp(min=1)
         start = ((torch.rand(len(lengths), device=lengths.device) * room).long() - self.receptive_field).clamp(min=0)
         before, words, scored = self.window(batch["codes"], lengths, start, config.crop)
         nats = F.cross_entropy(self.logits(before, labels, speakers).flatten(0, 1), words.flatten(), reduction="none")
@@ -132,7 +133,7 @@ class WaveAR(nn.Module):
         return [self.mix.weight.new_zeros(layer.dilation, batch, self.config.width) for layer in self.layers]
 
     def step(self, previous: Tensor, place: int, rings: list[Tensor], biases, tables: tuple[Tensor, Tensor]) -> Tensor:
-        """previous: (B,), the word before `place` -> log-odds of the word there, (B, 257). Writes into the rings."""
+        """previous: (B,), the word before `place` -> logits of the word there, (B, 257). Writes into the rings."""
         x = F.embedding(previous, tables[0])
         for layer, ring, bias in zip(self.layers, rings, biases, strict=True):
             slot = ring[place % layer.dilation]  # written `dilation` samples ago
@@ -143,15 +144,15 @@ class WaveAR(nn.Module):
 
     @torch.no_grad()
     def sample(self, labels: Tensor, speakers: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0,
-               seed: int = 0, seconds: float = 0.5, top_k: int = 0, top_p: float = 1.0,
+               seed: int = 0, seconds: float | None = None, top_k: int = 0, top_p: float = 1.0,
                cached: bool = True) -> tuple[Tensor, Tensor]:
         """Clips of these labels by these speakers, (B,) each: (waveforms (B, T) in [-1, 1], lengths (B,) in samples).
 
-        A clip ends with its END, at the latest after `seconds`; what follows is 0. One step per sample: `steps` is another
-        way to give the longest length. cached=False computes the receptive field anew for every sample. The others:
-        `blocks/sampling.py`. Raises ValueError where no sample is asked for.
+        A clip ends with its END, at the latest after `seconds`, those of the Config unless told; what follows is 0. One step
+        per sample: `steps` is another way to give the longest length. cached=False computes the receptive field anew for
+        every sample. The others: `blocks/sampling.py`. Raises ValueError where no sample is asked for.
         """
-        count, batch = steps or round(seconds * RATE), len(labels)
+        count, batch = steps or round((self.config.seconds if seconds is None else seconds) * RATE), len(labels)
         if count < 1:
             raise ValueError(f"steps must be at least 1 sample, got {count}")
         generator = torch.Generator(labels.device).manual_seed(seed)

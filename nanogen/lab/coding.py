@@ -127,6 +127,8 @@ def encode_sound(run: Run, file: Path, books: int) -> tuple[np.ndarray, int]:
             samples += len(block)
             yield torch.from_numpy(block)[None].to(machine.device())
 
+    # Not in the machine's precision, as all else, but in float32: bfloat16 would choose some other words, and which of the two
+    # a machine takes is measured anew each time. The same sound shall give the same file.
     parts = [words[0].cpu().numpy().astype(np.int32) for words in run.model.stream_encode(counted(), books)]
     return np.concatenate(parts), samples
 

@@ -55,7 +55,7 @@ class Run:
 
     @property
     def speaker_names(self) -> list[str]:
-        """Of sounds: the voices that it has learned, in order. Of pictures: none."""
+        """Of sounds: the voices that it has learned, by number, "" where nobody was heard. Of pictures: none."""
         return self.config.get("speaker_names", [])
 
     def read_json(self, name: str) -> dict:
@@ -74,7 +74,7 @@ def find_recipe(chapter: str, data: str, name: str = "first look") -> dict:
     if chapter not in CHAPTERS:
         raise UserError(f"There is no chapter {chapter!r}: choose from {', '.join(CHAPTERS)}.")
     known = recipes(chapter)
-    found = known.get(data) or known["fsdd" if for_sounds(chapter, data) else "cifar10"]
+    found = known.get(whole(data)) or known["fsdd" if for_sounds(chapter, data) else "cifar10"]
     if name not in found:
         raise UserError(f"{chapter} has no recipe {name!r} for {data}: choose from {', '.join(found)}.")
     return found[name]
@@ -143,7 +143,9 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if isinstance(source, Sounds):
-        record["speaker_names"] = source.speaker_names[: voices(source)]
+        learned = set(source.train_speakers.tolist())
+        names = source.speaker_names[: voices(source)]
+        record["speaker_names"] = [name if number in learned else "" for number, name in enumerate(names)]
     if base:
         record["base"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
     if rank == 0:
@@ -249,7 +251,8 @@ def make_config(chapter: str, settings: dict, overrides: dict, source: Images | 
 
 
 def voices(source: Sounds) -> int:
-    """How many speakers there are to learn from. Those of the test part alone (in `voices`) are counted from there on."""
+    """How many numbers of speakers there are to learn from. Those of the test part alone come later (in `voices`), or stay
+    between them as numbers that nobody has (in fsdd-without-jackson)."""
     return int(source.train_speakers.max()) + 1
 
 

@@ -8,21 +8,21 @@ sends only what a throat did: loudness, pitch, and ten numbers for the shape of 
 
 Sources: ITU-T G.711 (mu-law); Tremain 1982, "The Government Standard Linear Predictive Coding Algorithm: LPC-10".
 Different here: plain mu-law with rounding to any number of bits; a vocoder with one rate of 54 bits per frame, whose
-frames come closer together or further apart for other bit rates, and with an evenly spaced pitch table. Neither sends its
-loudest sample, 8 bits a clip, for which nobody is charged.
+frames come closer together or further apart for other bit rates, and with an evenly spaced pitch table. Mu-law scales each
+clip to its loudest sample, 8 bits a clip for which it is not charged.
 """
 
 import numpy as np
 
+from nanogen.audio.wave_ar import MU
 from nanogen.data.folders import SAMPLE_RATE, resample
 from nanogen.lab.sound_metrics import si_sdr
 
-MU = 255
 ORDER = 10  # coefficients of the filter: two for each of four formants, and two for the slope
 BITS = (5, 5, 5, 5, 4, 4, 4, 4, 3, 2)  # for each of them: the first ones matter most
 PITCH_BITS, GAIN_BITS = 7, 6  # 41 + 7 + 6 = 54 bits a frame
-WINDOW = 256  # samples that a frame looks at: 32 ms, two periods of the lowest voice
-LAGS = (20, 147)  # a period in samples: 400 to 54 Hz, and 127 steps of one sample
+WINDOW = 256  # samples that a frame looks at: 32 ms, not quite two periods of the lowest voice
+LAGS = (20, 147)  # a period in samples: 400 to 55 Hz, and 127 steps of one sample
 SOFTEST = 1e-5  # the least gain that is sent
 STEP = 40  # samples between two updates of the synthesis filter: 5 ms
 
@@ -31,7 +31,8 @@ STEP = 40  # samples between two updates of the synthesis filter: 5 ms
 
 def mu_law(waveforms: np.ndarray, kbps: float) -> tuple[np.ndarray, tuple[int, int]]:
     """Waveforms (N, T) there and back at `kbps` -> (N, T), and the (samples a second, bits a sample) behind it: of the
-    pairs with that product, the one with the best mean SI-SDR."""
+    pairs with that product, the one with the best mean SI-SDR. Of more than 64 kbit/s, 8 bits at 8,000, it makes no use."""
+    kbps = min(kbps, 8 * SAMPLE_RATE / 1000)
     best, result, pair = -np.inf, None, None
     for bits in range(1, 9):
         rate = int(1000 * kbps / bits)
@@ -60,8 +61,9 @@ def _mu_law_at(clip: np.ndarray, rate: int, bits: int) -> np.ndarray:
 
 
 def linear_prediction(waveforms: np.ndarray, kbps: float, seed: int = 0) -> np.ndarray:
-    """Waveforms (N, T) there and back through the vocoder at `kbps` -> (N, T) in [-1, 1]."""
+    """Waveforms (N, T) there and back through the vocoder at `kbps` -> (N, T) in [-1, 1]. More than 10.8 it does not use."""
     hop = (sum(BITS) + PITCH_BITS + GAIN_BITS) / kbps / 1000 * SAMPLE_RATE  # samples from frame to frame
+    hop = max(hop, STEP)  # within a step the filter stays as it is
     places = np.arange(0, waveforms.shape[1] + hop, hop)
     return synthesize(*analyze(waveforms.astype(np.float64), places), places, waveforms.shape[1], seed)
 
