@@ -15,7 +15,7 @@ from nanogen import UserError
 from nanogen.__main__ import main
 from nanogen.data import voices
 from nanogen.data.datasets import Sounds, load
-from nanogen.lab import coding, evaluate_sound, judges, machine, prepare, report, runs, sampling, sound_baselines, sound_metrics
+from nanogen.lab import coding, evaluate_sound, judges, prepare, report, runs, sampling, sound_baselines, sound_metrics
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.runs import load_run, make_config, train_run
 from nanogen.lab.train import draw_batch, train
@@ -290,22 +290,16 @@ def test_evaluation_of_sound(chapter, finished, tmp_path):
         assert page.count("<audio controls") == 8 and "000: 0, ann<" in page and "speaker accuracy" in page and "codec-fsdd" in page or chapter == "wave_ar"
 
 
-def test_the_speed_of_a_codec_is_measured_in_the_precision_that_stands_beside_it(finished, monkeypatch):
-    monkeypatch.setattr(machine, "precision", lambda: torch.bfloat16)
-    model, lowered = finished["codec"].model, []
-    for name in ("encode", "decode"):
-        function = getattr(model, name)
-        monkeypatch.setattr(model, name, lambda x, f=function: lowered.append(torch.is_autocast_enabled("cpu")) or f(x))
-    evaluate_sound.codec_speed(model, [np.zeros(4000, np.float32)])
-    assert len(lowered) == 7 and all(lowered)
-
-
 def test_a_speaker_who_was_left_out_is_nobody(finished, tmp_path, monkeypatch):
     for chapter in ("judge", "wave_ar"):
         assert runs.find_recipe(chapter, "fsdd-without-bob") == runs.find_recipe(chapter, "fsdd")
     source = load("fsdd-without-bob")
     run = train_run("wave_ar", "fsdd-without-bob", TINY["wave_ar"] | QUICK, tmp_path / "run", quiet=True)
     assert run.speaker_names == ["ann", "", "cem"] and run.model.config.speakers == 3
+    assert sampling.sample(run, 4, steps=2)["speakers"].tolist() == [0, 2, 0, 2]
+    for left_out in ("bob", "1"):
+        with pytest.raises(UserError, match=f"no speaker '{left_out}'.*choose from ann, cem"):
+            sampling.sample(run, 4, speakers=[left_out])
     heard, bits = [], run.model.log_likelihood
     monkeypatch.setattr(run.model, "log_likelihood", lambda *batch: heard.extend(batch[3].tolist()) or bits(*batch))
     evaluate_sound.held_out_bits(run, source)

@@ -86,8 +86,9 @@ def number_of(said: str | int, names: list[str], kind: str, run: Run) -> int:
     lower = [name.lower() for name in names]
     if str(said).lower() in lower:
         return lower.index(str(said).lower())
-    if str(said).isdigit() and int(said) < len(names):
+    if str(said).isdigit() and int(said) < len(names) and names[int(said)]:
         return int(said)
+    names = [name for name in names if name]  # without speakers whom nobody has heard
     some = ", ".join(names) if len(names) <= 30 else f"{names[0]} to {names[-1]}"
     raise UserError(f"There is no {kind} {said!r} in {run.data}: choose from {some}.")
 
@@ -98,7 +99,7 @@ def number_of(said: str | int, names: list[str], kind: str, run: Run) -> int:
 def sample_sounds(run: Run, label: Tensor, speakers: list[str] | None, seed: int, batch_size: int, settings: dict) -> dict:
     """Sounds of these labels (N,), the speakers taking turns -> the arrays of samples.npz."""
     names = run.speaker_names
-    wanted = torch.tensor([number_of(name, names, "speaker", run) for name in speakers or range(len(names))])
+    wanted = torch.tensor([number_of(name, names, "speaker", run) for name in speakers or filter(None, names)])
     speaker = wanted[torch.arange(len(label)) % len(wanted)].to(label.device)
     clips = []
     for i, parts in enumerate(zip(label.split(batch_size), speaker.split(batch_size), strict=True)):
