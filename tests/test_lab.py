@@ -187,6 +187,7 @@ def test_a_loss_that_is_no_number_stops_the_run_with_what_to_try(tmp_path):
     with pytest.raises(UserError) as error:
         train(Counter(lambda step: math.nan if step == 30 else 1.0), DATA, briefly(50, lr=0.3), tmp_path, quiet=True)
     assert "nan" in str(error.value) and "--lr 0.1" in str(error.value) and "--warmup" in str(error.value)
+    assert "keeps" not in str(error.value)  # nothing was saved yet
     with pytest.raises(UserError) as error:  # at the first step the rate is still 0: what helps is a smaller peak
         train(Counter(lambda step: math.inf), DATA, briefly(50, lr=0.3), quiet=True)
     assert "--lr 0.1" in str(error.value)
@@ -407,6 +408,21 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, tmp_path):
     run = train_run("token_ar", finished["token_ar"].data, {"steps": 6}, folder, resume=True, quiet=True)
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert run.model.config.width == 32  # what the run was trained with, not the recipe
+
+
+def test_what_is_said_on_resume_counts_or_is_refused(finished, tmp_path):
+    data, folder = finished["flow"].data, copy_of(finished["flow"], tmp_path)
+    for field in (dict(width=64), dict(widths=(16, 64)), dict(optimizer="adamw"), dict(seed=1)):
+        with pytest.raises(UserError, match=f"begun with {next(iter(field))} .*, not "):
+            train_run("flow", data, TINY["flow"] | field, folder, resume=True, quiet=True)
+    (folder / "model.safetensors").unlink()
+    run = train_run("flow", data, TINY["flow"] | {"lr": 1e-4, "steps": 4}, folder, resume=True, quiet=True)
+    assert run.config["training"]["lr"] == 1e-4 and run.read_json("config.json")["training"] == run.config["training"]
+    (folder / "state.pt").unlink()
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="without its state.pt"):
+        train_run("flow", data, {"steps": 6}, folder, resume=True, quiet=True)
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_tokenizer_that_has_changed_is_noticed(finished, tmp_path):

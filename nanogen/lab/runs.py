@@ -104,8 +104,9 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
     """Train a chapter on a data set and leave a run folder, runs/<chapter>-<data> unless told.
 
     data: cifar10 for pictures and fsdd for sounds unless told. overrides: fields of the chapter's Config or of Training.
-    resume: go on where an interrupted run stopped; a finished one is simply loaded. count: use only so many pictures or
-    sounds. Raises UserError for what the caller can mend.
+    resume: go on where an interrupted run stopped, the network as it is, with what overrides change of the training; a
+    finished one is simply loaded, unless there are more minutes or steps. count: use only so many pictures or sounds. Raises
+    UserError for what the caller can mend.
     """
     data = data or usual_data(chapter)
     settings = find_recipe(chapter, data, recipe)
@@ -122,9 +123,15 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
         if (settings["chapter"], settings["data"]) != (chapter, str(data)):
             there = f"{settings['chapter']} on {settings['data']}"
             raise UserError(f"{folder} is a {there}, not a {chapter} on {data}: choose another --out.")
-        overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
-        if (folder / "model.safetensors").exists() and not overrides:
-            return load_run(folder)
+        fixed = settings["config"] | {name: settings["training"].get(name) for name in ("optimizer", "seed")}
+        for name, value in overrides.items():
+            if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has lists for tuples
+                raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: --out DIR starts another.")
+        if (folder / "model.safetensors").exists():
+            if not overrides.keys() & {"minutes", "steps"}:
+                return load_run(folder)
+            if not (folder / "state.pt").exists():  # training would begin anew, and overwrite what is finished
+                raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: choose another --out.")
     check_kind(chapter, data, kind_of(str(data)))  # before anything is downloaded
     source = load_data(data, count)
     check_kind(chapter, data, type(source))

@@ -225,7 +225,7 @@ def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folde
         raise UserError(
             f"The loss became {loss} (gradient {norm:.3g}) at step {step} or shortly before: try a third of the "
             f"learning rate (--lr {options.lr / 3:.1g}) or a longer warm-up (--warmup 0.1)"
-            + (f"; {folder} keeps the last good state." if folder else ".")
+            + (f"; {folder} keeps the last good state." if folder and (folder / "state.pt").exists() else ".")
         )
 
 
