@@ -176,9 +176,10 @@ def evaluate_command(options, _) -> None:
 
 
 def compare_command(options, _) -> None:
+    from nanogen.data.datasets import resolved
     from nanogen.lab.compare import compare
 
-    out = Path(options.out or f"runs/compare-{Path(options.data).name}")
+    out = Path(options.out or f"runs/compare-{Path(resolved(options.data)).name}")
     compare(options.data, options.minutes, out, options.n, options.seeds)
 
 

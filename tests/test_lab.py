@@ -21,9 +21,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanogen import UserError
+from nanogen.__main__ import main
 from nanogen.data import datasets
 from nanogen.data.datasets import load
-from nanogen.lab import machine, runs
+from nanogen.lab import compare, machine, runs
 from nanogen.lab import prepare as preparation
 from nanogen.lab.evaluate import evaluate
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
@@ -408,6 +409,19 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, tmp_path):
     run = train_run("token_ar", finished["token_ar"].data, {"steps": 6}, folder, resume=True, quiet=True)
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert run.model.config.width == 32  # what the run was trained with, not the recipe
+
+
+def test_a_folder_of_pictures_is_the_same_data_however_it_is_spelled(finished, monkeypatch):
+    monkeypatch.setattr(runs, "train", None)
+    run = finished["flow"]
+    for place, names in ((Path(run.data).parent, ("fruit", "fruit/", "./fruit")), (Path(run.data), (".", "../fruit"))):
+        monkeypatch.chdir(place)
+        for name in names:
+            assert train_run("flow", name, {}, run.folder, resume=True, quiet=True).data == run.data
+    asked = []
+    monkeypatch.setattr(compare, "compare", lambda *arguments: asked.append(arguments[2]))
+    assert main(["compare", "--data", "."]) == 0 and asked == [Path("runs/compare-fruit")]
+    assert datasets.resolved("scenes") == "scenes" and datasets.resolved("nowhere") == "nowhere"
 
 
 def test_what_is_said_on_resume_counts_or_is_refused(finished, tmp_path):

@@ -15,7 +15,7 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogen import UserError
-from nanogen.data.datasets import Images
+from nanogen.data.datasets import Images, resolved
 from nanogen.lab import machine, report, runs
 from nanogen.lab.evaluate import judge_samples, table
 from nanogen.lab.files import write_atomically
@@ -43,6 +43,7 @@ def compare(data: str, minutes: float, out: Path, n: int = 500, seeds: int = 1, 
     """
     if n < 10 or seeds < 1:
         raise UserError(f"A comparison needs at least 10 samples and 1 seed, got {n} and {seeds}.")
+    data = resolved(data)
     source, beneath, rows, strips, folders = runs.load_data(data, count), {}, [], [], []
     for chapter, fields in METHODS.values():
         module = runs.CHAPTERS[chapter]

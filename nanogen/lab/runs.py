@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nanogen import UserError
 from nanogen.audio import audio_lm, codec, wave_ar
-from nanogen.data.datasets import Images, Sounds, kind_of, whole
+from nanogen.data.datasets import Images, Sounds, kind_of, resolved, whole
 from nanogen.data.folders import PICTURE_FILES, find_classes
 from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab import judges, machine
@@ -108,7 +108,7 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
     finished one is simply loaded, unless there are more minutes or steps. count: use only so many pictures or sounds. Raises
     UserError for what the caller can mend.
     """
-    data = data or usual_data(chapter)
+    data = resolved(data or usual_data(chapter))
     settings = find_recipe(chapter, data, recipe)
     folder = Path(folder or Path("runs") / run_name(chapter, data, overrides or {}))
     overrides = dict(overrides or {})
@@ -120,7 +120,7 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
         if not resume:
             raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts another, or delete it.")
         settings = read_config(folder)
-        if (settings["chapter"], settings["data"]) != (chapter, str(data)):
+        if (settings["chapter"], resolved(settings["data"])) != (chapter, data):
             there = f"{settings['chapter']} on {settings['data']}"
             raise UserError(f"{folder} is a {there}, not a {chapter} on {data}: choose another --out.")
         fixed = settings["config"] | {name: settings["training"].get(name) for name in ("optimizer", "seed")}
@@ -132,7 +132,7 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
                 return load_run(folder)
             if not (folder / "state.pt").exists():  # training would begin anew, and overwrite what is finished
                 raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: choose another --out.")
-    check_kind(chapter, data, kind_of(str(data)))  # before anything is downloaded
+    check_kind(chapter, data, kind_of(data))  # before anything is downloaded
     source = load_data(data, count)
     check_kind(chapter, data, type(source))
     config, training = make_config(chapter, settings, overrides, source)
