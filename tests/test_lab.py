@@ -26,7 +26,7 @@ from nanogen.data import datasets
 from nanogen.data.datasets import load
 from nanogen.lab import compare, machine, runs
 from nanogen.lab import prepare as preparation
-from nanogen.lab.evaluate import evaluate
+from nanogen.lab.evaluate import evaluate, rounded
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
 from nanogen.lab.runs import content_hash, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
@@ -388,6 +388,10 @@ def test_evaluation_writes_the_metrics_of_the_chapter(name, finished, tmp_path):
         assert (run.folder / "samples/grid.png").exists()
     if name == "tokenizer-fruit":
         assert 0 < numbers["codebook_usage"] <= 1
+
+
+def test_what_could_not_be_measured_is_left_out():
+    assert rounded({"a": 0.123456, "b": math.nan, "c": {"d": math.nan, "e": 1}}) == {"a": 0.12346, "c": {"e": 1}}
 
 
 def test_the_report_takes_every_kind_of_run(finished, tmp_path):

@@ -17,7 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from nanogen import UserError
 from nanogen.data.datasets import Images, resolved
 from nanogen.lab import machine, report, runs
-from nanogen.lab.evaluate import judge_samples, table
+from nanogen.lab.evaluate import judge_samples, rounded, table
 from nanogen.lab.files import write_atomically
 from nanogen.lab.pictures import grid, png
 from nanogen.lab.runs import Run, read_config, run_name
@@ -115,7 +115,7 @@ def judged(run: Run, source: Images, expert, n: int, seeds: int) -> tuple[dict, 
     seconds = (perf_counter() - start) / (n * seeds)
     marks = [judge_samples(runs.to_tensor(part["images"], size), part["labels"], source, expert) for part in drawn]
     means = {name: float(np.mean([mark[name] for mark in marks])) for name in marks[0]}
-    text = json.dumps(means | {"seconds_per_picture": seconds, "samples": n, "seeds": seeds}, indent=1)
+    text = json.dumps(rounded(means | {"seconds_per_picture": seconds, "samples": n, "seeds": seeds}), indent=1)
     write_atomically(run.folder / "metrics.json", lambda path: path.write_text(text))
     spread = {"+-": float(np.std([mark["fd_nano"] for mark in marks], ddof=1))} if seeds > 1 else {}
     row = {"s/picture": seconds, "FD-nano": means["fd_nano"]} | spread | {"floor": means["fd_nano_floor"]}

@@ -44,8 +44,9 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
     """
     source = load_data(run.data, count)
     check_kind(run.chapter, run.data, type(source))
-    if not len(source.test_labels):
-        raise UserError(f"{run.data} has nothing to test with: put at least two files into each class.")
+    needed = 1 if run.chapter in ("judge", "codec") else 2  # the others' FD-nano is a distance between sets
+    if len(source.test_labels) < needed:
+        raise UserError(f"{run.data} has {len(source.test_labels)} to test with, not {needed}: add files to its classes.")
     if run.chapter == "judge":
         numbers = (evaluate_sound.evaluate_judge if isinstance(source, Sounds) else evaluate_judge)(run, source)
     else:
@@ -65,9 +66,9 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
 
 
 def rounded(numbers: dict) -> dict:
-    """Five digits behind the point are enough, also in dicts within."""
+    """Five digits behind the point are enough, also in dicts within. What could not be measured (NaN) is left out."""
     short = {float: lambda value: round(value, 5), dict: rounded}
-    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items()}
+    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items() if value == value}
 
 
 def evaluate_judge(run: Run, source: Images) -> dict:
