@@ -9,6 +9,7 @@ import signal
 import time
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -24,7 +25,8 @@ from nanogen import UserError
 from nanogen.__main__ import main
 from nanogen.data import datasets
 from nanogen.data.datasets import load
-from nanogen.lab import compare, machine, runs
+from nanogen.lab import compare, judges, machine, runs
+from nanogen.lab import evaluate as evaluation
 from nanogen.lab import prepare as preparation
 from nanogen.lab.evaluate import evaluate, rounded
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
@@ -388,6 +390,20 @@ def test_evaluation_writes_the_metrics_of_the_chapter(name, finished, tmp_path):
         assert (run.folder / "samples/grid.png").exists()
     if name == "tokenizer-fruit":
         assert 0 < numbers["codebook_usage"] <= 1
+
+
+@pytest.mark.parametrize("count", [2, 6, 13, 25])
+def test_originals_and_reconstructions_have_rows_of_their_own_and_the_size_of_the_tokenizer(count, own_pictures, tmp_path, monkeypatch):
+    source, shown = load(str(own_pictures)), []
+    source.test_images, source.test_labels = source.train_images[:count], source.train_labels[:count]
+    run = SimpleNamespace(model=tiny_tokenizer(grid=8), folder=tmp_path)  # of 16 x 16 pixels, from 32 x 32
+    monkeypatch.setattr(run.model, "reconstruct", lambda images: -images)
+    monkeypatch.setattr(evaluation, "grid", lambda pairs, columns: shown.append((pairs, columns)) or Image.new("RGB", (1, 1)))
+    evaluation.evaluate_tokenizer(run, source, judges.Judge(judges.Config(widths=(16, 16, 16), classes=2)).eval(), count)
+    pairs, columns = shown[0]
+    rows = np.split(pairs, len(pairs) // columns)
+    assert columns == min(10, count) and len(rows) == (4 if count > 20 else 2) and pairs.shape[1:] == (16, 16, 3)
+    assert all((abs(255.0 - top - bottom) <= 1).all() for top, bottom in zip(rows[::2], rows[1::2], strict=True))
 
 
 def test_what_could_not_be_measured_is_left_out():

@@ -92,9 +92,11 @@ def evaluate_tokenizer(run: Run, source: Images, expert: nn.Module, n: int) -> d
         numbers |= {"codebook_usage": share, "perplexity": perplexity, "vocabulary": run.model.vocabulary}
         for side, part in zip(quantizer.scales, quantizer.split(indices), strict=True) if hasattr(quantizer, "scales") else ():
             numbers[f"usage_{side}x{side}"] = usage(part, run.model.vocabulary)[0]
-    pairs = np.concatenate([source.test_images[:10], to_uint8(decoded[:10]), source.test_images[10:20], to_uint8(decoded[10:20])])
+    sides, columns = (test[:n].permute(0, 2, 3, 1).numpy(), to_uint8(decoded)), min(10, len(decoded))
+    whole_rows = range(0, len(decoded) - columns + 1, columns)
+    pairs = np.concatenate([side[i : i + columns] for i in whole_rows[:2] for side in sides])
     (run.folder / "samples").mkdir(exist_ok=True)
-    grid(pairs, 10).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
+    grid(pairs, columns).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
     return numbers
 
 
