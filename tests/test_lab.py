@@ -18,6 +18,7 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import awake, briefly, tiny, tiny_data, tiny_tokenizer
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -29,6 +30,7 @@ from nanogen.lab import compare, judges, machine, runs
 from nanogen.lab import evaluate as evaluation
 from nanogen.lab import prepare as preparation
 from nanogen.lab.evaluate import evaluate, rounded
+from nanogen.lab.files import write_atomically
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
 from nanogen.lab.runs import content_hash, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
@@ -671,9 +673,21 @@ def test_an_unfinished_tokenizer_beneath_is_finished_first(finished, tmp_path):
     assert run.config["base"]["hash"] == finished["maskgit"].config["base"]["hash"]  # the same, bit for bit
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch"), SafetensorError("IoError")])
+def test_what_cannot_be_written_is_a_sentence_and_leaves_what_was_there(error, tmp_path):
+    def full(path):
+        path.write_bytes(b"half")
+        raise error
+
+    (tmp_path / "weights").write_bytes(b"whole")
+    with pytest.raises(UserError, match="is the disk full"):
+        write_atomically(tmp_path / "weights", full)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
 def test_a_full_disk_at_the_end_is_a_sentence_and_the_training_is_not_lost(own_pictures, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("Error while serializing: IoError(No space left on device)")
 
     monkeypatch.setattr(runs, "save_file", full)
     with pytest.raises(UserError, match="is the disk full"):
