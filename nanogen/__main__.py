@@ -87,7 +87,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nanogen: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. What was trained is saved; the same command with --resume goes on.", file=sys.stderr)
+        goes_on = {"train": " What was trained is saved; the same command with --resume goes on."}
+        goes_on |= dict.fromkeys(("tour", "compare"), " What was trained is saved; the same command goes on.")
+        print("\nStopped." + goes_on.get(options.command or "tour", ""), file=sys.stderr)
         return 130
     return 0
 
