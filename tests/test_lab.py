@@ -730,6 +730,17 @@ def test_precision_can_be_said_and_everything_is_described(monkeypatch):
     machine.precision.cache_clear()
 
 
+def test_the_device_that_computes_is_the_one_that_is_named_and_waited_for(monkeypatch):
+    monkeypatch.setattr(machine, "device", lambda: torch.device("mps"))
+    assert "MPS" in machine.describe() and "CPU" not in machine.describe()
+    second, asked = torch.device("cuda:1"), []
+    monkeypatch.setattr(machine, "device", lambda: second)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: asked.append(device) or "GPU")
+    machine.synchronize()
+    assert machine.describe().startswith("GPU") and asked == [second, second]
+
+
 @pytest.mark.parametrize("chapter", ["pixel_ar", "token_ar", "maskgit", "flow", "dit"])
 def test_every_chapter_trains_and_draws_in_bfloat16(chapter, monkeypatch):
     monkeypatch.setattr(machine, "precision", lambda: torch.bfloat16)
