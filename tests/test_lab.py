@@ -35,7 +35,7 @@ from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
 from nanogen.lab.runs import content_hash, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
 from nanogen.lab.sampling import sample
-from nanogen.lab.train import Training, draw_batch, train, update_average
+from nanogen.lab.train import Training, check_options, draw_batch, train, update_average
 
 # --- The optimizer
 
@@ -127,6 +127,16 @@ def test_half_of_the_pictures_are_mirrored_and_all_are_floats():
     assert (draw_batch({"images": images}, 0, Training(batch_size=400, flip=False))["images"][:, 0, 0, 0] == -1).all()
     parts = [draw_batch({"images": images}, 0, Training(batch_size=400), rank, 2)["images"] for rank in (0, 1)]
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), batch)
+
+
+def test_a_batch_that_processes_cannot_share_evenly_is_a_sentence(monkeypatch):
+    """Their gradients are averaged with equal weights, whoever has more examples."""
+    monkeypatch.setattr("nanogen.lab.train.join_processes", lambda: (0, 3))
+    for count, batch_size in ((64, 16), (64, 2), (2, 3), (16, 24)):
+        with pytest.raises(UserError, match=f"batch_size must be a multiple of 3, .* {count}, .*got {batch_size}"):
+            check_options(Training(batch_size=batch_size), count)
+    for count, batch_size in ((64, 15), (15, 24)):
+        check_options(Training(batch_size=batch_size), count)
 
 
 # --- The moving average

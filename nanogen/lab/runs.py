@@ -275,7 +275,7 @@ def build(chapter: str, config, base: Run | None = None) -> nn.Module:
 @torch.no_grad()
 def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training: Training) -> None:
     """One loss, before anything is written: a network that cannot take this data becomes a sentence."""
-    check_options(training)
+    check_options(training, len(next(iter(tensors.values()))))
     try:
         model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:

@@ -62,7 +62,8 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     about once a minute and at the end or on Ctrl-C; with `resume`, goes on from them.
     Raises UserError when the loss stops being a number.
     """
-    check_options(options)
+    count = len(next(iter(data.values())))
+    check_options(options, count)
     rank, world = join_processes()
     device, dtype = machine.device(), machine.precision()
     data = {name: tensor.to(device) for name, tensor in data.items()}
@@ -229,11 +230,14 @@ def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folde
         )
 
 
-def check_options(options: Training) -> None:
-    """Refuse settings with which no training can end well, by name."""
+def check_options(options: Training, count: int) -> None:
+    """Refuse settings with which no training of `count` examples can end well, by name."""
+    size, world = min(options.batch_size, count), join_processes()[1]  # shares of a batch count alike: they must be alike
+    share = f"a multiple of {world}, the number of processes, and at most {count}, that of examples"
     rules = {
         "steps": (options.steps >= 0, "at least 0"), "minutes": (options.steps > 0 or options.minutes > 0, "more than 0"),
-        "batch_size": (options.batch_size > 0, "at least 1"), "lr": (options.lr > 0, "more than 0"),
+        "batch_size": (options.batch_size > 0 and size % world == 0, share if world > 1 else "at least 1"),
+        "lr": (options.lr > 0, "more than 0"),
         "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"),
         "warmup": (0 <= options.warmup < 1, "from 0 to below 1"), "hold": (0 <= options.hold < 1, "from 0 to below 1"),
         "ema": (0 <= options.ema <= 1, "from 0 to 1"), "clip": (options.clip > 0, "more than 0"),
