@@ -95,10 +95,12 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def train_command(options, rest: list[str]) -> None:
-    from nanogen.lab.runs import train_run
+    from nanogen.lab.runs import CHAPTERS, train_run
 
     if options.chapter is None:
         raise UserError("Which chapter? python -m nanogen list has them, python -m nanogen train CHAPTER --help what can be set.")
+    if options.chapter not in CHAPTERS and (late := [part for part in rest if part in CHAPTERS]):  # --minutes 3 flow
+        raise UserError(f"The chapter comes first: train {late[0]}, and then what is to be set.")
     fields = field_parser(options.chapter)
     if options.help:
         return fields.print_help()

@@ -86,6 +86,7 @@ def test_list_names_every_chapter(capsys):
     (["train", "flow", "--flip", "maybe"], "flip"),
     (["train", "flow", "--lr"], "lr"),
     (["train"], "chapter"),
+    (["train", "--minutes", "3", "flow"], "The chapter comes first: train flow"),
     (["fly"], "fly"),
     (["sample", "nowhere", "--out", "x"], "nowhere is not a run"),
     (["sample", "nowhere"], "--out"),

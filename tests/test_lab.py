@@ -384,6 +384,8 @@ def test_what_cannot_be_sampled_is_a_sentence(arguments, words, finished):
 def test_judges_and_tokenizers_have_nothing_to_sample(name, finished):
     with pytest.raises(UserError, match="nothing to sample"):
         sample(finished[name], 2)
+    with pytest.raises(UserError, match="nothing to sample, and no use for guidance"):
+        evaluate(finished[name], steps=None, guidance=2.0)
 
 
 @pytest.mark.parametrize("name", ["judge", "tokenizer-fruit", "tokenizer-kl-fruit", "maskgit", "pixel_ar", "flow"])
@@ -602,6 +604,8 @@ def test_minutes_from_the_user_replace_steps_of_the_recipe(own_pictures):
     settings = {"config": {}, "training": {"steps": 100}}
     assert make_config("judge", settings, {"minutes": 2.0}, load(str(own_pictures)))[1].steps == 0
     assert make_config("judge", settings, {"steps": 7}, load(str(own_pictures)))[1].steps == 7
+    with pytest.raises(UserError, match="either minutes or steps"):
+        make_config("judge", settings, {"minutes": 2.0, "steps": 7}, load(str(own_pictures)))
     assert typed(Training, {"lr": 1}, "training").lr == 1  # a whole number is a number
 
 

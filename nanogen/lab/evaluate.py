@@ -42,6 +42,9 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
 
     count: as in `load`, for runs that were trained on a part of the data.
     """
+    said = [name for name, value in settings.items() if value is not None]
+    if said and not hasattr(run.model, "sample"):
+        raise UserError(f"{run.folder} is a {run.chapter}: it has nothing to sample, and no use for {' and '.join(said)}.")
     source = load_data(run.data, count)
     check_kind(run.chapter, run.data, type(source))
     needed = 1 if run.chapter in ("judge", "codec") else 2  # the others' FD-nano is a distance between sets

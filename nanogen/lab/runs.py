@@ -236,6 +236,8 @@ def make_config(chapter: str, settings: dict, overrides: dict, source: Images | 
         if name not in known:
             raise UserError(f"{chapter} has no setting {name!r}: choose from {', '.join(sorted(known))}.")
         (values if name in fields else training)[name] = value
+    if overrides.get("minutes") and overrides.get("steps"):
+        raise UserError("A budget is either minutes or steps: say one of them.")
     if overrides.get("minutes"):
         training["steps"] = 0
     return typed(config_class, values, chapter), typed(Training, training, "training")
