@@ -198,6 +198,12 @@ def test_a_budget_in_minutes_ends_in_time_and_the_model_holds_the_average():
     assert [line["percent"] for line in log] == sorted({line["percent"] for line in log})
 
 
+def test_examples_are_counted_that_a_step_has_seen_and_not_those_that_fit_into_a_batch():
+    model = Counter(lambda step: time.sleep(0.02) or 1.0)
+    log = train(model, {"labels": torch.zeros(4)}, briefly(3, batch_size=10_000), quiet=True)
+    assert all(0 < line["examples_per_second"] <= 4 / 0.02 for line in log)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_what_to_try(tmp_path):
     with pytest.raises(UserError) as error:
         train(Counter(lambda step: math.nan if step == 30 else 1.0), DATA, briefly(50, lr=0.3), tmp_path, quiet=True)

@@ -98,13 +98,15 @@ def costs(run: Run, source: Images) -> dict:
 
 def training_flops(run: Run, source: Images, base: Run | None = None) -> float:
     """Those of a step on 8 pictures, there and back, scaled to all the pictures that the run has seen."""
+    training = run.config["training"]
     few = replace(source, train_images=source.train_images[:8], train_labels=source.train_labels[:8])
-    tensors = runs.prepare(run.model, few, run.model.config, flip=False, base=base)
+    tensors = runs.prepare(run.model, few, run.model.config, training["flip"], base)
+    count = len(tensors["labels"]) * len(source.train_labels) // len(few.train_labels)  # twice as many if encoded mirrored
     batch = draw_batch(tensors, 0, Training(batch_size=8, flip=False))
     with FlopCounterMode(display=False) as counter, machine.autocast():
         run.model.loss(batch)[0].backward()
     steps = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])["step"]
-    return counter.get_total_flops() / 8 * steps * run.config["training"]["batch_size"]
+    return counter.get_total_flops() / len(batch["labels"]) * steps * min(training["batch_size"], count)
 
 
 def judged(run: Run, source: Images, expert, n: int, seeds: int) -> tuple[dict, np.ndarray]:

@@ -105,7 +105,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             if percent > logged or interrupt.asked:
                 logged = percent
                 record = {"step": step, "percent": percent, "minutes": round((now - start) / 60, 3), "lr": lr,
-                          "examples_per_second": round(summed * options.batch_size / (now - since), 1)}
+                          "examples_per_second": round(summed * min(options.batch_size, count) / (now - since), 1)}
                 log.append(record | {name: round(float(value) / summed, 5) for name, value in sums.items()})
                 check_finite(loss, norm, step, options, folder)
                 sums, summed, since = defaultdict(float), 0, now
