@@ -3,9 +3,10 @@
     for each step:  the learning rate follows the share of the budget that is used
                     loss = model.loss(batch);  backward;  clip;  optimizer;  moving average of the weights
 
-Everything random in step n is drawn from a seed made of (seed, n), and the order of the data from (seed, epoch). So
-nothing about chance needs saving, and a run that is killed and resumed ends, on a CPU with a budget in steps, in
-the same weights bit for bit. `torchrun` runs the same code on many devices: each takes its share of the same batch.
+Everything random in step n is drawn from a seed made of (seed, n), which pictures are mirrored from n alone, and the
+order of the data from (seed, epoch). So nothing about chance needs saving, and a run that is killed and resumed ends,
+on a CPU with a budget in steps, in the same weights bit for bit. `torchrun` runs the same code on many devices: each
+takes its share of the same batch.
 
 Different from most loops: the moving average (EMA) covers a fixed *share* of the run, not a fixed number of steps
 (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3): an average over
@@ -128,9 +129,10 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
 
 
 def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """The examples of one step, on the device: every example once an epoch, in an order that depends on (seed, epoch) alone.
+    """The examples of one step, on the device: none twice an epoch, in an order that depends on (seed, epoch) alone.
 
-    Pictures arrive as float in [-1, 1], half of them mirrored. Each process takes its share of the same batch.
+    An epoch leaves out, each time others, what is too few for one more batch. Pictures arrive as float in [-1, 1], half of
+    them mirrored. Each process takes its share of the same batch.
     """
     count = len(next(iter(data.values())))
     size = min(options.batch_size, count)
