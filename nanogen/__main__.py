@@ -87,16 +87,20 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nanogen: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\nStopped. What was trained is saved; the same command with --resume goes on.", file=sys.stderr)
+        goes_on = {"train": " What was trained is saved; the same command with --resume goes on."}
+        goes_on |= dict.fromkeys(("tour", "compare"), " What was trained is saved; the same command goes on.")
+        print("\nStopped." + goes_on.get(options.command or "tour", ""), file=sys.stderr)
         return 130
     return 0
 
 
 def train_command(options, rest: list[str]) -> None:
-    from nanogen.lab.runs import train_run
+    from nanogen.lab.runs import CHAPTERS, train_run
 
     if options.chapter is None:
         raise UserError("Which chapter? python -m nanogen list has them, python -m nanogen train CHAPTER --help what can be set.")
+    if options.chapter not in CHAPTERS and (late := [part for part in rest if part in CHAPTERS]):  # --minutes 3 flow
+        raise UserError(f"The chapter comes first: train {late[0]}, and then what is to be set.")
     fields = field_parser(options.chapter)
     if options.help:
         return fields.print_help()
@@ -176,9 +180,10 @@ def evaluate_command(options, _) -> None:
 
 
 def compare_command(options, _) -> None:
+    from nanogen.data.datasets import resolved
     from nanogen.lab.compare import compare
 
-    out = Path(options.out or f"runs/compare-{Path(options.data).name}")
+    out = Path(options.out or f"runs/compare-{Path(resolved(options.data)).name}")
     compare(options.data, options.minutes, out, options.n, options.seeds)
 
 

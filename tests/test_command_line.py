@@ -13,7 +13,7 @@ import soundfile
 from conftest import briefly  # noqa: F401  (conftest sets the precision before nanogen is imported)
 from safetensors.torch import load_file
 
-from nanogen.__main__ import main
+from nanogen.__main__ import COMMANDS, main
 from nanogen.lab import judges
 
 TINY = ["--widths", "16,16,16", "--batch-size", "16", "--compile", "false"]
@@ -86,6 +86,7 @@ def test_list_names_every_chapter(capsys):
     (["train", "flow", "--flip", "maybe"], "flip"),
     (["train", "flow", "--lr"], "lr"),
     (["train"], "chapter"),
+    (["train", "--minutes", "3", "flow"], "The chapter comes first: train flow"),
     (["fly"], "fly"),
     (["sample", "nowhere", "--out", "x"], "nowhere is not a run"),
     (["sample", "nowhere"], "--out"),
@@ -153,6 +154,17 @@ def test_ctrl_c_is_no_traceback_and_the_run_goes_on(own_pictures, tmp_path, monk
     assert "--resume goes on" in said and "Traceback" not in said
     assert (tmp_path / "run/state.pt").exists() and not (tmp_path / "run/model.safetensors").exists()
     assert main([*command, "--resume"]) == 0 and len(calls) == 10  # 9 steps, and one look before the first
+
+
+@pytest.mark.parametrize(("command", "said"), [
+    (["sample", "run", "--out", "x"], "Stopped."), ([], "the same command goes on."), (["compare"], "the same command goes on."),
+    (["train", "flow"], "with --resume goes on.")])
+def test_ctrl_c_promises_only_what_the_command_keeps(command, said, monkeypatch, capsys):
+    def press(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("nanogen.__main__.COMMANDS", dict.fromkeys(COMMANDS, press))
+    assert main(command) == 130 and capsys.readouterr().err.endswith(f"{said}\n")
 
 
 def test_a_process_that_is_killed_in_the_middle_is_resumed_bit_for_bit(own_pictures, tmp_path):

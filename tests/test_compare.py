@@ -60,6 +60,15 @@ def test_a_flop_is_counted_for_every_product_of_a_step(compared):
     assert counted > 6 * 0.5 * blocks * 64 * seen  # 6 a weight and token, but for modulations, which are once a picture
 
 
+def test_a_step_has_no_more_pictures_than_there_are(compared):
+    folder, _ = compared
+    run, source = runs.load_run(folder / "flow-scenes"), runs.load_data("scenes", 300)
+    run.config["training"]["batch_size"] = 300
+    counted = compare.training_flops(run, source)
+    run.config["training"]["batch_size"] = 10_000
+    assert compare.training_flops(run, source) == counted
+
+
 def test_it_leaves_a_page_and_a_table(compared):
     folder, rows = compared
     page, text = (folder / "index.html").read_text(), (folder / "table.md").read_text()

@@ -448,11 +448,21 @@ def test_a_folder_of_pictures(tmp_path):
     assert np.bincount(data.train_labels).tolist() == [18, 1, 1], "a class of one keeps it to learn from"
     assert np.bincount(data.test_labels).tolist() == [2, 1]
     assert data.train_images.shape == (20, 32, 32, 3) and data.test_images.dtype == np.uint8
-    both = np.concatenate([data.train_images[:18], data.test_images[:2]])[:, 0, 0, 0]
+    both = np.concatenate([data.train_images[data.train_labels == 0], data.test_images[data.test_labels == 0]])[:, 0, 0, 0]
     assert sorted(both.tolist()) == list(range(20)), "each picture in one part, with its own label"
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         assert np.array_equal(load(folder).test_images, data.test_images), "the same split every time"
+
+
+def test_the_first_few_of_a_folder_are_of_all_classes(tmp_path):
+    for name in "abcd":
+        for i in range(100):
+            save(tmp_path / name / f"{i}.png", np.full((4, 4, 3), "abcd".index(name), np.uint8))
+    data = load(tmp_path)
+    assert np.bincount(data.test_labels).tolist() == [10] * 4 and (np.bincount(data.test_labels[:20], minlength=4) >= 2).all()
+    assert (np.bincount(data.train_labels[:80], minlength=4) >= 10).all()
+    assert np.array_equal(data.test_images[:, 0, 0, 0], data.test_labels), "each with its own label"
 
 
 def test_one_class_is_enough(tmp_path):
@@ -490,8 +500,8 @@ def test_a_folder_of_sounds_is_mixed_to_mono_at_8_khz(tmp_path):
     with pytest.warns(UserWarning, match="broken.wav.*empty.wav|empty.wav.*broken.wav"):
         data = load(tmp_path)
     assert data.class_names == ["a", "b"] and data.sample_rate == 8000 and data.speaker_names == ["unknown"]
-    assert data.train_labels.tolist() == [0, 1] and data.test_labels.tolist() == [1]
-    stereo = data.train_waveforms[0]
+    assert sorted(data.train_labels.tolist()) == [0, 1] and data.test_labels.tolist() == [1]
+    stereo = data.train_waveforms[data.train_labels.tolist().index(0)]
     assert stereo.shape == (8000,) and stereo.dtype == np.float32 and np.abs(stereo).max() <= 1
     expected = 0.4 * np.sin(2 * np.pi * 440 * np.arange(8000) / 8000)
     assert np.abs(stereo - expected)[200:-200].max() < 2e-3, "440 Hz as it was, 6 kHz gone, not folded down"

@@ -18,20 +18,24 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from conftest import awake, briefly, tiny, tiny_data, tiny_tokenizer
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from nanogen import UserError
+from nanogen.__main__ import main
 from nanogen.data import datasets
 from nanogen.data.datasets import load
-from nanogen.lab import machine, runs
+from nanogen.lab import compare, judges, machine, runs
+from nanogen.lab import evaluate as evaluation
 from nanogen.lab import prepare as preparation
-from nanogen.lab.evaluate import evaluate
+from nanogen.lab.evaluate import evaluate, rounded
+from nanogen.lab.files import write_atomically
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.report import write
 from nanogen.lab.runs import content_hash, load_data, load_run, make_config, prepare, recipes, to_tensor, train_run, typed
 from nanogen.lab.sampling import sample
-from nanogen.lab.train import Training, draw_batch, train, update_average
+from nanogen.lab.train import Training, check_options, draw_batch, train, update_average
 
 # --- The optimizer
 
@@ -125,6 +129,16 @@ def test_half_of_the_pictures_are_mirrored_and_all_are_floats():
     assert torch.equal(torch.stack(parts, dim=1).flatten(0, 1), batch)
 
 
+def test_a_batch_that_processes_cannot_share_evenly_is_a_sentence(monkeypatch):
+    """Their gradients are averaged with equal weights, whoever has more examples."""
+    monkeypatch.setattr("nanogen.lab.train.join_processes", lambda: (0, 3))
+    for count, batch_size in ((64, 16), (64, 2), (2, 3), (16, 24)):
+        with pytest.raises(UserError, match=f"batch_size must be a multiple of 3, .* {count}, .*got {batch_size}"):
+            check_options(Training(batch_size=batch_size), count)
+    for count, batch_size in ((64, 15), (15, 24)):
+        check_options(Training(batch_size=batch_size), count)
+
+
 # --- The moving average
 
 
@@ -184,10 +198,17 @@ def test_a_budget_in_minutes_ends_in_time_and_the_model_holds_the_average():
     assert [line["percent"] for line in log] == sorted({line["percent"] for line in log})
 
 
+def test_examples_are_counted_that_a_step_has_seen_and_not_those_that_fit_into_a_batch():
+    model = Counter(lambda step: time.sleep(0.02) or 1.0)
+    log = train(model, {"labels": torch.zeros(4)}, briefly(3, batch_size=10_000), quiet=True)
+    assert all(0 < line["examples_per_second"] <= 4 / 0.02 for line in log)
+
+
 def test_a_loss_that_is_no_number_stops_the_run_with_what_to_try(tmp_path):
     with pytest.raises(UserError) as error:
         train(Counter(lambda step: math.nan if step == 30 else 1.0), DATA, briefly(50, lr=0.3), tmp_path, quiet=True)
     assert "nan" in str(error.value) and "--lr 0.1" in str(error.value) and "--warmup" in str(error.value)
+    assert "keeps" not in str(error.value)  # nothing was saved yet
     with pytest.raises(UserError) as error:  # at the first step the rate is still 0: what helps is a smaller peak
         train(Counter(lambda step: math.inf), DATA, briefly(50, lr=0.3), quiet=True)
     assert "--lr 0.1" in str(error.value)
@@ -369,6 +390,8 @@ def test_what_cannot_be_sampled_is_a_sentence(arguments, words, finished):
 def test_judges_and_tokenizers_have_nothing_to_sample(name, finished):
     with pytest.raises(UserError, match="nothing to sample"):
         sample(finished[name], 2)
+    with pytest.raises(UserError, match="nothing to sample, and no use for guidance"):
+        evaluate(finished[name], steps=None, guidance=2.0)
 
 
 @pytest.mark.parametrize("name", ["judge", "tokenizer-fruit", "tokenizer-kl-fruit", "maskgit", "pixel_ar", "flow"])
@@ -387,6 +410,24 @@ def test_evaluation_writes_the_metrics_of_the_chapter(name, finished, tmp_path):
         assert (run.folder / "samples/grid.png").exists()
     if name == "tokenizer-fruit":
         assert 0 < numbers["codebook_usage"] <= 1
+
+
+@pytest.mark.parametrize("count", [2, 6, 13, 25])
+def test_originals_and_reconstructions_have_rows_of_their_own_and_the_size_of_the_tokenizer(count, own_pictures, tmp_path, monkeypatch):
+    source, shown = load(str(own_pictures)), []
+    source.test_images, source.test_labels = source.train_images[:count], source.train_labels[:count]
+    run = SimpleNamespace(model=tiny_tokenizer(grid=8), folder=tmp_path)  # of 16 x 16 pixels, from 32 x 32
+    monkeypatch.setattr(run.model, "reconstruct", lambda images: -images)
+    monkeypatch.setattr(evaluation, "grid", lambda pairs, columns: shown.append((pairs, columns)) or Image.new("RGB", (1, 1)))
+    evaluation.evaluate_tokenizer(run, source, judges.Judge(judges.Config(widths=(16, 16, 16), classes=2)).eval(), count)
+    pairs, columns = shown[0]
+    rows = np.split(pairs, len(pairs) // columns)
+    assert columns == min(10, count) and len(rows) == (4 if count > 20 else 2) and pairs.shape[1:] == (16, 16, 3)
+    assert all((abs(255.0 - top - bottom) <= 1).all() for top, bottom in zip(rows[::2], rows[1::2], strict=True))
+
+
+def test_what_could_not_be_measured_is_left_out():
+    assert rounded({"a": 0.123456, "b": math.nan, "c": {"d": math.nan, "e": 1}}) == {"a": 0.12346, "c": {"e": 1}}
 
 
 def test_the_report_takes_every_kind_of_run(finished, tmp_path):
@@ -408,6 +449,34 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, tmp_path):
     run = train_run("token_ar", finished["token_ar"].data, {"steps": 6}, folder, resume=True, quiet=True)
     assert [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()] == [1, 2, 3, 4, 5, 6]
     assert run.model.config.width == 32  # what the run was trained with, not the recipe
+
+
+def test_a_folder_of_pictures_is_the_same_data_however_it_is_spelled(finished, monkeypatch):
+    monkeypatch.setattr(runs, "train", None)
+    run = finished["flow"]
+    for place, names in ((Path(run.data).parent, ("fruit", "fruit/", "./fruit")), (Path(run.data), (".", "../fruit"))):
+        monkeypatch.chdir(place)
+        for name in names:
+            assert train_run("flow", name, {}, run.folder, resume=True, quiet=True).data == run.data
+    asked = []
+    monkeypatch.setattr(compare, "compare", lambda *arguments: asked.append(arguments[2]))
+    assert main(["compare", "--data", "."]) == 0 and asked == [Path("runs/compare-fruit")]
+    assert datasets.resolved("scenes") == "scenes" and datasets.resolved("nowhere") == "nowhere"
+
+
+def test_what_is_said_on_resume_counts_or_is_refused(finished, tmp_path):
+    data, folder = finished["flow"].data, copy_of(finished["flow"], tmp_path)
+    for field in (dict(width=64), dict(widths=(16, 64)), dict(optimizer="adamw"), dict(seed=1)):
+        with pytest.raises(UserError, match=f"begun with {next(iter(field))} .*, not "):
+            train_run("flow", data, TINY["flow"] | field, folder, resume=True, quiet=True)
+    (folder / "model.safetensors").unlink()
+    run = train_run("flow", data, TINY["flow"] | {"lr": 1e-4, "steps": 4}, folder, resume=True, quiet=True)
+    assert run.config["training"]["lr"] == 1e-4 and run.read_json("config.json")["training"] == run.config["training"]
+    (folder / "state.pt").unlink()
+    before = (folder / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="without its state.pt"):
+        train_run("flow", data, {"steps": 6}, folder, resume=True, quiet=True)
+    assert (folder / "model.safetensors").read_bytes() == before
 
 
 def test_a_tokenizer_that_has_changed_is_noticed(finished, tmp_path):
@@ -564,6 +633,8 @@ def test_minutes_from_the_user_replace_steps_of_the_recipe(own_pictures):
     settings = {"config": {}, "training": {"steps": 100}}
     assert make_config("judge", settings, {"minutes": 2.0}, load(str(own_pictures)))[1].steps == 0
     assert make_config("judge", settings, {"steps": 7}, load(str(own_pictures)))[1].steps == 7
+    with pytest.raises(UserError, match="either minutes or steps"):
+        make_config("judge", settings, {"minutes": 2.0, "steps": 7}, load(str(own_pictures)))
     assert typed(Training, {"lr": 1}, "training").lr == 1  # a whole number is a number
 
 
@@ -645,9 +716,21 @@ def test_an_unfinished_tokenizer_beneath_is_finished_first(finished, tmp_path):
     assert run.config["base"]["hash"] == finished["maskgit"].config["base"]["hash"]  # the same, bit for bit
 
 
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("torch"), SafetensorError("IoError")])
+def test_what_cannot_be_written_is_a_sentence_and_leaves_what_was_there(error, tmp_path):
+    def full(path):
+        path.write_bytes(b"half")
+        raise error
+
+    (tmp_path / "weights").write_bytes(b"whole")
+    with pytest.raises(UserError, match="is the disk full"):
+        write_atomically(tmp_path / "weights", full)
+    assert [path.read_bytes() for path in tmp_path.iterdir()] == [b"whole"]
+
+
 def test_a_full_disk_at_the_end_is_a_sentence_and_the_training_is_not_lost(own_pictures, tmp_path, monkeypatch):
     def full(*_):
-        raise OSError(errno.ENOSPC, "No space left on device")
+        raise SafetensorError("Error while serializing: IoError(No space left on device)")
 
     monkeypatch.setattr(runs, "save_file", full)
     with pytest.raises(UserError, match="is the disk full"):
@@ -688,6 +771,17 @@ def test_precision_can_be_said_and_everything_is_described(monkeypatch):
         machine.precision()
     monkeypatch.setenv("NANOGEN_PRECISION", "float32")
     machine.precision.cache_clear()
+
+
+def test_the_device_that_computes_is_the_one_that_is_named_and_waited_for(monkeypatch):
+    monkeypatch.setattr(machine, "device", lambda: torch.device("mps"))
+    assert "MPS" in machine.describe() and "CPU" not in machine.describe()
+    second, asked = torch.device("cuda:1"), []
+    monkeypatch.setattr(machine, "device", lambda: second)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device=None: asked.append(device))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: asked.append(device) or "GPU")
+    machine.synchronize()
+    assert machine.describe().startswith("GPU") and asked == [second, second]
 
 
 @pytest.mark.parametrize("chapter", ["pixel_ar", "token_ar", "maskgit", "flow", "dit"])

@@ -19,12 +19,10 @@ RANDOM = np.random.default_rng(0)
 CONFIG = {
     "chapter": "maskgit",
     "data": "cifar10",
-    "seed": 0,
     "machine": "two cores <of a laptop>",
     "parameters": 4312345,
-    "chance": 6.238,
     "config": {"width": 192},
-    "training": {"lr": 0.002},
+    "training": {"lr": 0.002, "seed": 23},
     "class_names": ["lemon", "melon & co"],
 }
 METRICS = {
@@ -104,7 +102,7 @@ def test_the_page_holds_the_numbers_and_the_pictures_of_the_run(tmp_path):
     assert "<span>lemon</span><span>melon &amp; co</span>" in page  # the rows of the grid
     for name in ("samples/grid.png", "samples/process.gif", "samples/001.wav"):
         assert base64.b64encode((run / name).read_bytes()).decode() in page
-    assert "Dashed: chance" in page and 'class="missing"' not in page and 'class="remark"' not in page
+    assert "<dt>seed</dt><dd>23</dd>" in page and 'class="missing"' not in page and 'class="remark"' not in page
 
 
 def test_rows_are_named_only_where_each_holds_one_class(tmp_path):

@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -258,6 +259,22 @@ def test_samples_of_sound_are_written_as_promised(chapter, finished, tmp_path):
         assert picture.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     again = sampling.sample(finished[chapter], 5, ["3", "7"], speakers=["bob", "cem"])
     assert np.array_equal(again["waveforms"], drawn["waveforms"])
+
+
+def test_samples_replace_those_of_an_earlier_call_and_no_recording_of_ones_own(tmp_path):
+    run = SimpleNamespace(class_names=["a"], speaker_names=["ann"])
+    own = ["2024 interview.wav", "007_take.wav", "1.wav"]
+    for name in [*own, "005.wav"]:
+        (tmp_path / name).write_bytes(b"of one's own")
+
+    def write(count):
+        zeros = np.zeros(count, np.int64)
+        drawn = {"waveforms": np.zeros((count, 800), np.float32), "lengths": zeros + 800, "labels": zeros, "speakers": zeros}
+        sampling.write_sound_samples(drawn, run, tmp_path)
+        return sorted(path.name for path in tmp_path.glob("*.wav"))
+
+    assert write(3) == sorted([*own, "000.wav", "001.wav", "002.wav", "005.wav"])  # nothing in there was ours
+    assert write(2) == sorted([*own, "000.wav", "001.wav"])
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

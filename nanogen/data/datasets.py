@@ -74,6 +74,12 @@ def kind_of(name: str) -> type | None:
     return {"cifar10": Images, "scenes": Images, "fsdd": Sounds, "voices": Sounds}.get(whole(name))
 
 
+def resolved(name: str | Path) -> str:
+    """One spelling of the same data: pets/, ./pets and ~/pets become the folder's whole path; the names above stay."""
+    own = Path(name).expanduser()
+    return str(own.resolve()) if kind_of(str(name)) is None and own.is_dir() else str(name)
+
+
 def data_folder() -> Path:
     """Where data is kept: $NANOGEN_DATA, else `data/` of the repository."""
     return Path(os.environ.get("NANOGEN_DATA") or REPOSITORY_DATA).expanduser()

@@ -26,7 +26,8 @@ def read_folder(folder: Path) -> dict:
     """Pictures, or else sounds -> the fields of `Images` or of `Sounds`. Without sub-folders, all are of one class.
 
     A tenth of each class is the test: at least one file, none if there is only one. A hash of the names says which, so it
-    is the same everywhere. UserError if there is nothing, or nothing that can be read.
+    is the same everywhere, and so is the order, in which classes are mixed. UserError if there is nothing, or nothing that
+    can be read.
     """
     read, classes = read_picture, find_classes(folder, PICTURE_FILES)
     if not classes:
@@ -57,6 +58,7 @@ def read_folder(folder: Path) -> dict:
 
     data = {"class_names": list(classes)} | ({} if read is read_picture else {"speaker_names": ["unknown"]})
     for part, pairs in examples.items():
+        pairs = [pairs[i] for i in np.random.default_rng(0).permutation(len(pairs))]  # the first n are of all classes
         contents = [content for content, _ in pairs]
         data[f"{part}_labels"] = np.array([label for _, label in pairs], np.int64)
         if read is read_picture:

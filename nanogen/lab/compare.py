@@ -15,9 +15,9 @@ import numpy as np
 from torch.utils.flop_counter import FlopCounterMode
 
 from nanogen import UserError
-from nanogen.data.datasets import Images
+from nanogen.data.datasets import Images, resolved
 from nanogen.lab import machine, report, runs
-from nanogen.lab.evaluate import judge_samples, table
+from nanogen.lab.evaluate import judge_samples, rounded, table
 from nanogen.lab.files import write_atomically
 from nanogen.lab.pictures import grid, png
 from nanogen.lab.runs import Run, read_config, run_name
@@ -43,6 +43,7 @@ def compare(data: str, minutes: float, out: Path, n: int = 500, seeds: int = 1, 
     """
     if n < 10 or seeds < 1:
         raise UserError(f"A comparison needs at least 10 samples and 1 seed, got {n} and {seeds}.")
+    data = resolved(data)
     source, beneath, rows, strips, folders = runs.load_data(data, count), {}, [], [], []
     for chapter, fields in METHODS.values():
         module = runs.CHAPTERS[chapter]
@@ -97,13 +98,15 @@ def costs(run: Run, source: Images) -> dict:
 
 def training_flops(run: Run, source: Images, base: Run | None = None) -> float:
     """Those of a step on 8 pictures, there and back, scaled to all the pictures that the run has seen."""
+    training = run.config["training"]
     few = replace(source, train_images=source.train_images[:8], train_labels=source.train_labels[:8])
-    tensors = runs.prepare(run.model, few, run.model.config, flip=False, base=base)
+    tensors = runs.prepare(run.model, few, run.model.config, training["flip"], base)
+    count = len(tensors["labels"]) * len(source.train_labels) // len(few.train_labels)  # twice as many if encoded mirrored
     batch = draw_batch(tensors, 0, Training(batch_size=8, flip=False))
     with FlopCounterMode(display=False) as counter, machine.autocast():
         run.model.loss(batch)[0].backward()
     steps = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])["step"]
-    return counter.get_total_flops() / 8 * steps * run.config["training"]["batch_size"]
+    return counter.get_total_flops() / len(batch["labels"]) * steps * min(training["batch_size"], count)
 
 
 def judged(run: Run, source: Images, expert, n: int, seeds: int) -> tuple[dict, np.ndarray]:
@@ -114,7 +117,7 @@ def judged(run: Run, source: Images, expert, n: int, seeds: int) -> tuple[dict, 
     seconds = (perf_counter() - start) / (n * seeds)
     marks = [judge_samples(runs.to_tensor(part["images"], size), part["labels"], source, expert) for part in drawn]
     means = {name: float(np.mean([mark[name] for mark in marks])) for name in marks[0]}
-    text = json.dumps(means | {"seconds_per_picture": seconds, "samples": n, "seeds": seeds}, indent=1)
+    text = json.dumps(rounded(means | {"seconds_per_picture": seconds, "samples": n, "seeds": seeds}), indent=1)
     write_atomically(run.folder / "metrics.json", lambda path: path.write_text(text))
     spread = {"+-": float(np.std([mark["fd_nano"] for mark in marks], ddof=1))} if seeds > 1 else {}
     row = {"s/picture": seconds, "FD-nano": means["fd_nano"]} | spread | {"floor": means["fd_nano_floor"]}

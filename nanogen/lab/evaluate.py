@@ -42,10 +42,14 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
 
     count: as in `load`, for runs that were trained on a part of the data.
     """
+    said = [name for name, value in settings.items() if value is not None]
+    if said and not hasattr(run.model, "sample"):
+        raise UserError(f"{run.folder} is a {run.chapter}: it has nothing to sample, and no use for {' and '.join(said)}.")
     source = load_data(run.data, count)
     check_kind(run.chapter, run.data, type(source))
-    if not len(source.test_labels):
-        raise UserError(f"{run.data} has nothing to test with: put at least two files into each class.")
+    needed = 1 if run.chapter in ("judge", "codec") else 2  # the others' FD-nano is a distance between sets
+    if len(source.test_labels) < needed:
+        raise UserError(f"{run.data} has {len(source.test_labels)} to test with, not {needed}: add files to its classes.")
     if run.chapter == "judge":
         numbers = (evaluate_sound.evaluate_judge if isinstance(source, Sounds) else evaluate_judge)(run, source)
     else:
@@ -65,9 +69,9 @@ def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, q
 
 
 def rounded(numbers: dict) -> dict:
-    """Five digits behind the point are enough, also in dicts within."""
+    """Five digits behind the point are enough, also in dicts within. What could not be measured (NaN) is left out."""
     short = {float: lambda value: round(value, 5), dict: rounded}
-    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items()}
+    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items() if value == value}
 
 
 def evaluate_judge(run: Run, source: Images) -> dict:
@@ -91,9 +95,11 @@ def evaluate_tokenizer(run: Run, source: Images, expert: nn.Module, n: int) -> d
         numbers |= {"codebook_usage": share, "perplexity": perplexity, "vocabulary": run.model.vocabulary}
         for side, part in zip(quantizer.scales, quantizer.split(indices), strict=True) if hasattr(quantizer, "scales") else ():
             numbers[f"usage_{side}x{side}"] = usage(part, run.model.vocabulary)[0]
-    pairs = np.concatenate([source.test_images[:10], to_uint8(decoded[:10]), source.test_images[10:20], to_uint8(decoded[10:20])])
+    sides, columns = (test[:n].permute(0, 2, 3, 1).numpy(), to_uint8(decoded)), min(10, len(decoded))
+    whole_rows = range(0, len(decoded) - columns + 1, columns)
+    pairs = np.concatenate([side[i : i + columns] for i in whole_rows[:2] for side in sides])
     (run.folder / "samples").mkdir(exist_ok=True)
-    grid(pairs, 10).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
+    grid(pairs, columns).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
     return numbers
 
 

@@ -1,10 +1,12 @@
 """Files of a run: written whole or not at all, and known by their content."""
 
+import contextlib
 import hashlib
 import os
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from torch import Tensor
 
 from nanogen import UserError
@@ -23,7 +25,9 @@ def write_atomically(path: Path, write) -> None:
     try:
         write(partial)
         os.replace(partial, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+    except (OSError, RuntimeError, SafetensorError) as error:  # torch reports a full disk as a RuntimeError
+        with contextlib.suppress(OSError):
+            partial.unlink()  # a full disk has no room for it
         raise UserError(f"Cannot write {path} ({error}): is the disk full? What was there is kept.") from error
 
 

@@ -61,15 +61,17 @@ def autocast(dtype: torch.dtype | None = None) -> torch.autocast:
 def synchronize() -> None:
     """Wait until the device has done its work, so that a clock read afterwards is honest."""
     if device().type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(device())
     elif device().type == "mps":
         torch.mps.synchronize()
 
 
 def describe() -> str:
-    """The hardware, as it stands beside every number: 'x86_64, 2 threads, bfloat16'."""
+    """The hardware, as it stands beside every number: 'x86_64 CPU, 2 threads, bfloat16, torch 2.13.0'."""
     if device().type == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
+        name = torch.cuda.get_device_name(device())
+    elif device().type == "cpu":
         name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
+    else:
+        name = f"{platform.machine()} {device().type.upper()}"
     return f"{name}, {str(precision()).removeprefix('torch.')}, torch {torch.__version__}"

@@ -76,11 +76,14 @@ def precision_recall(real: Array, fake: Array, k: int = 3) -> tuple[float, float
     """Share of fake rows that lie among the real ones (precision), and of real among fake (recall).
 
     real: (N, D), fake: (M, D). A set covers the balls around its rows that reach to their k-th neighbour.
-    Beautiful but few: high precision, low recall. Both depend on the number of rows: take N = M.
+    Beautiful but few: high precision, low recall. Both depend on the number of rows: take N = M. With no more
+    than k rows there is no k-th neighbour, and both are NaN.
     """
     real, fake = _feature_pair(real, fake)
-    if not 1 <= k < min(len(real), len(fake)):
-        raise UserError(f"precision and recall with k={k} need 1 <= k < number of pictures")
+    if k < 1:
+        raise UserError(f"precision and recall need k of at least 1, got {k}")
+    if min(len(real), len(fake)) <= k:
+        return math.nan, math.nan
     centre = real.mean(0)  # distances do not change, and rounding does less harm near zero
     return _covered(fake - centre, real - centre, k), _covered(real - centre, fake - centre, k)
 

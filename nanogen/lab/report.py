@@ -2,9 +2,9 @@
 
     python -m nanogen report runs/maskgit-cifar10 runs/flow-cifar10
 
-At the top a table over all runs, then a card for each: the facts, the loss beside chance level, the metrics,
-the samples, how they come to be, and players for sound. Pictures and sounds travel inside the page. What a
-run does not have yet, or what is damaged, is said in words: a run stopped half-way has its page, too.
+At the top a table over all runs, then a card for each: the facts, the loss, the metrics, the samples, how they come
+to be, and players for sound. Pictures and sounds travel inside the page. What a run does not have yet, or what is
+damaged, is said in words: a run stopped half-way has its page, too.
 """
 
 import base64
@@ -154,8 +154,9 @@ def _minutes(run: Run) -> float | None:
 def _card(run: Run, anchor: str) -> str:
     """Everything about one run."""
     base = run.config.get("base")
-    facts = {name: run.config.get(name) for name in ("chapter", "data", "machine", "seed")}
+    facts = {name: run.config.get(name) for name in ("chapter", "data", "machine")}
     facts |= {
+        "seed": flat(run.config).get("training / seed"),
         "stands on": base.get("path") if isinstance(base, dict) else base, "minutes": _minutes(run),
         "steps": run.number("step"), "examples per second": run.number("examples_per_second"),
         "parameters": run.number("parameters"),
@@ -195,10 +196,8 @@ def _groups(metrics: dict, prefix: str = "") -> list[list[dict]]:
 def _loss(run: Run) -> str:
     if not any(isinstance(line.get("loss"), int | float) for line in run.log):
         return _missing("No loss curve: the log is empty.")
-    chance = run.number("chance")
-    curve = pictures.png(pictures.loss_plot(run.log, chance))
-    level = "" if chance is None else " Dashed: chance, the loss of a model that has learned nothing."
-    return _figure(curve, "image/png", f"Loss, at the end {_value(run.number('loss'))}.{level}")
+    curve = pictures.png(pictures.loss_plot(run.log))
+    return _figure(curve, "image/png", f"Loss, at the end {_value(run.number('loss'))}.")
 
 
 def _samples(run: Run) -> str:

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from nanogen import UserError
 from nanogen.audio import audio_lm, codec, wave_ar
-from nanogen.data.datasets import Images, Sounds, kind_of, whole
+from nanogen.data.datasets import Images, Sounds, kind_of, resolved, whole
 from nanogen.data.folders import PICTURE_FILES, find_classes
 from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
 from nanogen.lab import judges, machine
@@ -104,10 +104,11 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
     """Train a chapter on a data set and leave a run folder, runs/<chapter>-<data> unless told.
 
     data: cifar10 for pictures and fsdd for sounds unless told. overrides: fields of the chapter's Config or of Training.
-    resume: go on where an interrupted run stopped; a finished one is simply loaded. count: use only so many pictures or
-    sounds. Raises UserError for what the caller can mend.
+    resume: go on where an interrupted run stopped, the network as it is, with what overrides change of the training; a
+    finished one is simply loaded, unless there are more minutes or steps. count: use only so many pictures or sounds. Raises
+    UserError for what the caller can mend.
     """
-    data = data or usual_data(chapter)
+    data = resolved(data or usual_data(chapter))
     settings = find_recipe(chapter, data, recipe)
     folder = Path(folder or Path("runs") / run_name(chapter, data, overrides or {}))
     overrides = dict(overrides or {})
@@ -119,13 +120,19 @@ def train_run(chapter: str, data: str | None = None, overrides: dict | None = No
         if not resume:
             raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts another, or delete it.")
         settings = read_config(folder)
-        if (settings["chapter"], settings["data"]) != (chapter, str(data)):
+        if (settings["chapter"], resolved(settings["data"])) != (chapter, data):
             there = f"{settings['chapter']} on {settings['data']}"
             raise UserError(f"{folder} is a {there}, not a {chapter} on {data}: choose another --out.")
-        overrides = {k: v for k, v in overrides.items() if k in ("minutes", "steps")}
-        if (folder / "model.safetensors").exists() and not overrides:
-            return load_run(folder)
-    check_kind(chapter, data, kind_of(str(data)))  # before anything is downloaded
+        fixed = settings["config"] | {name: settings["training"].get(name) for name in ("optimizer", "seed")}
+        for name, value in overrides.items():
+            if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has lists for tuples
+                raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: --out DIR starts another.")
+        if (folder / "model.safetensors").exists():
+            if not overrides.keys() & {"minutes", "steps"}:
+                return load_run(folder)
+            if not (folder / "state.pt").exists():  # training would begin anew, and overwrite what is finished
+                raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: choose another --out.")
+    check_kind(chapter, data, kind_of(data))  # before anything is downloaded
     source = load_data(data, count)
     check_kind(chapter, data, type(source))
     config, training = make_config(chapter, settings, overrides, source)
@@ -245,6 +252,8 @@ def make_config(chapter: str, settings: dict, overrides: dict, source: Images | 
         if name not in known:
             raise UserError(f"{chapter} has no setting {name!r}: choose from {', '.join(sorted(known))}.")
         (values if name in fields else training)[name] = value
+    if overrides.get("minutes") and overrides.get("steps"):
+        raise UserError("A budget is either minutes or steps: say one of them.")
     if overrides.get("minutes"):
         training["steps"] = 0
     return typed(config_class, values, chapter), typed(Training, training, "training")
@@ -285,7 +294,7 @@ def build(chapter: str, config, base: Run | None = None) -> nn.Module:
 @torch.no_grad()
 def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training: Training) -> None:
     """One loss, before anything is written: a network that cannot take this data becomes a sentence."""
-    check_options(training)
+    check_options(training, len(next(iter(tensors.values()))))
     try:
         model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
     except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:

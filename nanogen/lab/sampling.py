@@ -113,8 +113,10 @@ def sample_sounds(run: Run, label: Tensor, speakers: list[str] | None, seed: int
 def write_sound_samples(drawn: dict[str, np.ndarray], run: Run, out: Path) -> None:
     """samples.npz, and of up to 60 sounds, evenly spaced, <number>.wav and a spectrogram each."""
     make_folder(out)
+    names = out.glob("[0-9][0-9][0-9]*.wav") if (out / "samples.npz").exists() else ()  # else nothing in there is ours
+    earlier = [path for path in names if path.stem.isdigit()]
     write_npz(out / "samples.npz", drawn)
-    for path in out.glob("[0-9]*.wav"):  # of samples that are no longer those in samples.npz
+    for path in earlier:  # of samples that are no longer those in samples.npz
         path.unlink()
     total = len(drawn["labels"])
     chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)

@@ -3,9 +3,10 @@
     for each step:  the learning rate follows the share of the budget that is used
                     loss = model.loss(batch);  backward;  clip;  optimizer;  moving average of the weights
 
-Everything random in step n is drawn from a seed made of (seed, n), and the order of the data from (seed, epoch). So
-nothing about chance needs saving, and a run that is killed and resumed ends, on a CPU with a budget in steps, in
-the same weights bit for bit. `torchrun` runs the same code on many devices: each takes its share of the same batch.
+Everything random in step n is drawn from a seed made of (seed, n), which pictures are mirrored from n alone, and the
+order of the data from (seed, epoch). So nothing about chance needs saving, and a run that is killed and resumed ends,
+on a CPU with a budget in steps, in the same weights bit for bit. `torchrun` runs the same code on many devices: each
+takes its share of the same batch.
 
 Different from most loops: the moving average (EMA) covers a fixed *share* of the run, not a fixed number of steps
 (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models", section 3): an average over
@@ -62,7 +63,8 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     about once a minute and at the end or on Ctrl-C; with `resume`, goes on from them.
     Raises UserError when the loss stops being a number.
     """
-    check_options(options)
+    count = len(next(iter(data.values())))
+    check_options(options, count)
     rank, world = join_processes()
     device, dtype = machine.device(), machine.precision()
     data = {name: tensor.to(device) for name, tensor in data.items()}
@@ -104,7 +106,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             if percent > logged or interrupt.asked:
                 logged = percent
                 record = {"step": step, "percent": percent, "minutes": round((now - start) / 60, 3), "lr": lr,
-                          "examples_per_second": round(summed * options.batch_size / (now - since), 1)}
+                          "examples_per_second": round(summed * min(options.batch_size, count) / (now - since), 1)}
                 log.append(record | {name: round(float(value) / summed, 5) for name, value in sums.items()})
                 check_finite(loss, norm, step, options, folder)
                 sums, summed, since = defaultdict(float), 0, now
@@ -127,9 +129,10 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
 
 
 def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int = 0, world: int = 1) -> dict[str, Tensor]:
-    """The examples of one step, on the device: every example once an epoch, in an order that depends on (seed, epoch) alone.
+    """The examples of one step, on the device: none twice an epoch, in an order that depends on (seed, epoch) alone.
 
-    Pictures arrive as float in [-1, 1], half of them mirrored. Each process takes its share of the same batch.
+    An epoch leaves out, each time others, what is too few for one more batch. Pictures arrive as float in [-1, 1], half of
+    them mirrored. Each process takes its share of the same batch.
     """
     count = len(next(iter(data.values())))
     size = min(options.batch_size, count)
@@ -225,15 +228,18 @@ def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folde
         raise UserError(
             f"The loss became {loss} (gradient {norm:.3g}) at step {step} or shortly before: try a third of the "
             f"learning rate (--lr {options.lr / 3:.1g}) or a longer warm-up (--warmup 0.1)"
-            + (f"; {folder} keeps the last good state." if folder else ".")
+            + (f"; {folder} keeps the last good state." if folder and (folder / "state.pt").exists() else ".")
         )
 
 
-def check_options(options: Training) -> None:
-    """Refuse settings with which no training can end well, by name."""
+def check_options(options: Training, count: int) -> None:
+    """Refuse settings with which no training of `count` examples can end well, by name."""
+    size, world = min(options.batch_size, count), join_processes()[1]  # shares of a batch count alike: they must be alike
+    share = f"a multiple of {world}, the number of processes, and at most {count}, that of examples"
     rules = {
         "steps": (options.steps >= 0, "at least 0"), "minutes": (options.steps > 0 or options.minutes > 0, "more than 0"),
-        "batch_size": (options.batch_size > 0, "at least 1"), "lr": (options.lr > 0, "more than 0"),
+        "batch_size": (options.batch_size > 0 and size % world == 0, share if world > 1 else "at least 1"),
+        "lr": (options.lr > 0, "more than 0"),
         "optimizer": (options.optimizer in ("muon", "adamw"), "muon or adamw"),
         "warmup": (0 <= options.warmup < 1, "from 0 to below 1"), "hold": (0 <= options.hold < 1, "from 0 to below 1"),
         "ema": (0 <= options.ema <= 1, "from 0 to 1"), "clip": (options.clip > 0, "more than 0"),
