@@ -100,13 +100,12 @@ def training_flops(run: Run, source: Images, base: Run | None = None) -> float:
     """Those of a step on 8 pictures, there and back, scaled to all the pictures that the run has seen."""
     training = run.config["training"]
     few = replace(source, train_images=source.train_images[:8], train_labels=source.train_labels[:8])
-    tensors = runs.prepare(run.model, few, run.model.config, training["flip"], base)
-    count = len(tensors["labels"]) * len(source.train_labels) // len(few.train_labels)  # twice as many if encoded mirrored
+    tensors = runs.prepare(run.model, few, run.model.config, flip=False, base=base)
     batch = draw_batch(tensors, 0, Training(batch_size=8, flip=False))
     with FlopCounterMode(display=False) as counter, machine.autocast():
         run.model.loss(batch)[0].backward()
     steps = json.loads((run.folder / "log.jsonl").read_text().splitlines()[-1])["step"]
-    return counter.get_total_flops() / len(batch["labels"]) * steps * min(training["batch_size"], count)
+    return counter.get_total_flops() / len(batch["labels"]) * steps * min(training["batch_size"], len(source.train_labels))
 
 
 def judged(run: Run, source: Images, expert, n: int, seeds: int) -> tuple[dict, np.ndarray]:

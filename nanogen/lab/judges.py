@@ -1,7 +1,7 @@
 """Judges: small classifiers, trained here, that say what a generated picture shows and how far it is from real ones.
 
 Two networks of one kind are trained on each data set. The *judge* measures: the class accuracy of conditional
-samples, and FD-nano on its widths[-1] features. The *eye* (another seed, a shorter budget) is what tokenizers may train
+samples, and FD-nano on its last features. The *eye* (another seed, a shorter budget) is what tokenizers may train
 against as a perceptual loss. They are two, so that nobody is marked by an examiner that he has studied.
 
     python -m nanogen train judge --data cifar10 --minutes 12

@@ -189,7 +189,8 @@ def base_run(chapter: str, config, data: str, folder: Path, count: int | None, q
     place = folder.parent / run_name(needs[0], data, needs[1])
     if not (place / "model.safetensors").exists():
         say(quiet, f"{chapter} stands on a {needs[0]}; {place} is not there or not finished, so it is trained first.")
-    base = train_run(needs[0], data, needs[1] | size_of(config), place, resume=True, count=count, quiet=quiet)
+    wanted = {} if (place / "config.json").exists() else needs[1] | size_of(config)
+    base = train_run(needs[0], data, wanted, place, resume=True, count=count, quiet=quiet)
     return fitting(base, needs[1], config)
 
 
@@ -211,7 +212,7 @@ def fitting(base: Run, needs: dict, config) -> Run:
     """The run underneath, if it is of the kind and, with pictures, for the size that the chapter needs."""
     for name, wanted in (needs | size_of(config)).items():
         found = base.config["config"][name]
-        if found != (list(wanted) if isinstance(wanted, tuple) else wanted):  # as JSON has it
+        if found != json.loads(json.dumps(wanted)):  # JSON has lists for tuples
             raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
     return base
 
