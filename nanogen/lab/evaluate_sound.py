@@ -10,6 +10,7 @@ class_accuracy is that of the digit, as it is that of the thing in pictures; spe
 out where the test has speakers that nobody has learned (voices). Everything is measured at 8,000 samples a second.
 """
 
+import math
 import time
 
 import numpy as np
@@ -171,7 +172,7 @@ def held_out_bits(run: Run, source: Sounds) -> dict:
     for name, part in (("train", train), ("test", test)):
         encoded = run.model.prepare(*part.values())
         codes[name] = [row[:length] for row, length in zip(encoded["codes"], encoded["lengths"].tolist(), strict=True)]
-    bits = torch.cat(nats).sum().item() / np.log(2) / test["lengths"].sum().item()
+    bits = torch.cat(nats).sum().item() / math.log(2) / test["lengths"].sum().item()
     counted = CHAPTERS[run.chapter].entropy_baselines(codes["train"], codes["test"])
     return {"bits_per_sample": bits} | {f"bits_per_sample_{name}": value for name, value in counted.items()}
 
