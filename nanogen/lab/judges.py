@@ -35,7 +35,7 @@ class Config:
 
 
 class Judge(nn.Module):
-    """Pictures (B, 3, H, W) in [-1, 1], or waveforms (B, T) -> features, log-odds of the labels (and of a second question)."""
+    """Pictures (B, 3, H, W) in [-1, 1], or waveforms (B, T) -> features, logits of the labels (and of a second question)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -70,11 +70,11 @@ class Judge(nn.Module):
         return self.maps(images)[-1].amax(dim=(2, 3)).float()
 
     def forward(self, examples: Tensor) -> Tensor:
-        """Log-odds of the labels, (B, classes)."""
+        """Logits of the labels, (B, classes)."""
         return self.answer(self.features(examples))
 
     def second_answer(self, examples: Tensor) -> Tensor:
-        """Log-odds of the answers to the second question, (B, second)."""
+        """Logits of the answers to the second question, (B, second)."""
         return self.second(self.features(examples))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
