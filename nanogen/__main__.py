@@ -87,9 +87,8 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"nanogen: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        goes_on = {"train": " What was trained is saved; the same command with --resume goes on."}
-        goes_on |= dict.fromkeys(("tour", "compare"), " What was trained is saved; the same command goes on.")
-        print("\nStopped." + goes_on.get(options.command or "tour", ""), file=sys.stderr)
+        how = {"train": "with --resume goes on", "tour": "goes on", "compare": "goes on"}.get(options.command or "tour")
+        print("\nStopped." + (f" What was trained is saved; the same command {how}." if how else ""), file=sys.stderr)
         return 130
     return 0
 

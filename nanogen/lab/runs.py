@@ -185,32 +185,27 @@ def base_run(chapter: str, config, data: str, folder: Path, count: int | None, q
     if needs is None:
         return None
     if (folder / "config.json").exists() and "base" in (saved := read_config(folder)):
-        return fitting(load_run(folder / saved["base"]["path"], saved["base"]["hash"]), needs[1], config)
+        return fitting(load_run(folder / saved["base"]["path"], saved["base"]["hash"]), needs[1])
     place = folder.parent / run_name(needs[0], data, needs[1])
     if not (place / "model.safetensors").exists():
         say(quiet, f"{chapter} stands on a {needs[0]}; {place} is not there or not finished, so it is trained first.")
-    wanted = {} if (place / "config.json").exists() else needs[1] | size_of(config)
-    base = train_run(needs[0], data, wanted, place, resume=True, count=count, quiet=quiet)
-    return fitting(base, needs[1], config)
+    wanted = {} if (place / "config.json").exists() else needs[1]  # what was begun is taken as it is, if it fits
+    return fitting(train_run(needs[0], data, wanted, place, resume=True, count=count, quiet=quiet), needs[1])
 
 
 def foundation(chapter: str, config) -> tuple[str, dict] | None:
-    """The chapter that this one stands on, and what that one must be; None: on nothing."""
+    """The chapter that this one stands on, and what that one must be, with pictures also of their size; None: on nothing."""
     stands_on = getattr(CHAPTERS[chapter], "stands_on", None)
     try:
-        return stands_on(config) if stands_on else None
+        needs = stands_on(config) if stands_on else None
     except ValueError as error:
         raise UserError(f"{chapter} cannot be built like this: {error}.") from error
+    return needs and (needs[0], needs[1] | ({"size": config.size} if hasattr(config, "size") else {}))
 
 
-def size_of(config) -> dict:
-    """With pictures, what is underneath must be for the same size."""
-    return {"size": config.size} if hasattr(config, "size") else {}
-
-
-def fitting(base: Run, needs: dict, config) -> Run:
-    """The run underneath, if it is of the kind and, with pictures, for the size that the chapter needs."""
-    for name, wanted in (needs | size_of(config)).items():
+def fitting(base: Run, needs: dict) -> Run:
+    """The run underneath, if it is what the chapter needs."""
+    for name, wanted in needs.items():
         found = base.config["config"][name]
         if found != json.loads(json.dumps(wanted)):  # JSON has lists for tuples
             raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
