@@ -131,6 +131,27 @@ def test_a_step_starts_from_the_sum_of_the_scales_before_and_of_its_own_scales_c
     assert torch.allclose(model.input(tokens, 3), x[:, ~first] + model.step.weight[3], atol=1e-5)
 
 
+@torch.no_grad()
+def test_guidance_leads_away_from_a_guess_without_the_label_and_the_passes_of_its_own_scale(monkeypatch):
+    """By hand: the last step of two for the last scale, drawn as if the one before it did not exist."""
+    model, null = tiny("var", passes=(2,)), torch.full_like(LABELS, 3)
+    assert torch.equal(tiny("var", passes=(1,)).alone, tiny("var", passes=(1,)).mask)  # one step a scale: the label alone
+    seen_by_draw = []
+    monkeypatch.setattr(var, "draw", lambda logits, *_: seen_by_draw.append(logits) or logits.argmax(-1))
+    tokens = model.draw_tokens(LABELS, guidance=4.0)
+    *coarse, _, cells = model.order.split(model.counts)
+    other = tokens.clone()
+    other[:, 14:] = (tokens[:, 14:] + 7) % 32  # all of the last scale
+    guess = model.input(other, 4, alone=True)
+    assert torch.equal(guess, model.input(tokens, 4, alone=True)) and not torch.equal(model.input(other, 4), model.input(tokens, 4))
+    x = torch.cat([*(model.input(tokens, step) for step in range(3)), guess], dim=1)
+    seen = torch.cat([*coarse, cells])
+    step = torch.repeat_interleave(torch.tensor([1, 4, 9, len(cells)]))
+    h = model.transformer(x, model.angles[seen], mask=step[:, None] >= step, condition=model.label(null))
+    weak, strong = h[:, -len(cells) :] @ model.head().mT, model.logits(tokens, LABELS)[:, cells]
+    assert torch.allclose(seen_by_draw[-1], weak + 4 * (strong - weak), atol=1e-4) and not torch.allclose(strong, weak, atol=1e-2)
+
+
 @pytest.mark.parametrize("passes", [(1, 1, 1, 1), (1, 1, 2, 2), (1, 1, 1, 4)])
 def test_a_step_never_changes_an_earlier_one_and_its_tokens_are_drawn_in_one_go(passes):
     model, tokens = tiny("var", passes=passes), torch.randint(32, (4, 30))

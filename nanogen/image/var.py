@@ -15,13 +15,16 @@ finer one, as in a picture. Two things are trained:
                       of all earlier ones.
 
 Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
-blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 17.3). HMAR found
-the same. The last scale one by one, row by row, would be nearly as good as token_ar, in as many passes (TRIED.md).
+blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 15.3). HMAR found
+the same. And what they cannot ask each other, they can at least ask those before them: guidance leads away from a guess that
+knows neither the label nor the passes of its own scale (away from one that lacks the label alone: 17.3). So six passes are as
+good as the 64 of token_ar (TRIED.md).
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
 Sources: Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"; Kumbong et
-al. 2025, "HMAR" (several passes within a scale; there under random masks, here in one fixed order).
+al. 2025, "HMAR" (several passes within a scale; there under random masks, here in one fixed order); guidance that also hides
+what has been drawn: Song et al. 2025, "History-Guided Video Diffusion", and Liao et al. 2026, "Visual Prefix Guidance".
 Different from VAR: the class enters through AdaLN alone; positions are rotary, at the true place of each cell in the
 picture, so that a cell and the coarse cell over it are neighbours; a 3x3 convolution over each pass's input; and the
 scales double, which at equal bits keeps more of these small pictures than 1, 2, 3, 4, 6, 8 (TRIED.md).
@@ -85,21 +88,25 @@ class VAR(nn.Module):
         self.register_buffer("steps", steps, persistent=False)  # (T,) the step that draws each token
         self.register_buffer("order", steps.argsort(stable=True), persistent=False)  # (T,) tokens, step by step
         self.register_buffer("mask", steps[:, None] >= steps, persistent=False)  # (T, T): own step and earlier ones
+        scale = torch.tensor(self.scale_of)[steps]  # (T,)
+        alone = (steps[:, None] == steps) | (scale[:, None] > scale)
+        self.register_buffer("alone", alone, persistent=False)  # (T, T): own step and coarser scales
         self.register_buffer("angles", rotary_angles(places, config.width // config.heads), persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
         """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
         return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
 
-    def input(self, tokens: Tensor, step: int) -> Tensor:
+    def input(self, tokens: Tensor, step: int, alone: bool = False) -> Tensor:
         """tokens (B, T), of which only those of earlier steps are looked at -> what a step starts from: (B, its tokens, width),
-        the picture so far at each of its cells. What is still to come in this scale counts as its mean."""
+        the picture so far at each of its cells. What is still to come in this scale counts as its mean. alone: as if the
+        step were the first of its scale."""
         k = self.scale_of[step]
-        side, end = self.scales[k], self.ends[k]
+        side, end, since = self.scales[k], self.ends[k], self.scale_of.index(k) if alone else step
         with torch.no_grad():
-            total = self.tokenizer[0].quantizer.sums(tokens[:, :end], self.steps[:end] < step)[-1]
+            total = self.tokenizer[0].quantizer.sums(tokens[:, :end], self.steps[:end] < since)[-1]
         cells = self.order.split(self.counts)[step] - (end - side**2)
-        return self.embed(shrink(total, side)).flatten(2).transpose(1, 2)[:, cells] + self.step.weight[step]
+        return self.embed(shrink(total, side)).flatten(2).transpose(1, 2)[:, cells] + self.step.weight[since]
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """All tokens (B, T) at once -> logits of each, given those of the steps before its own: (B, T, vocabulary)."""
@@ -120,31 +127,32 @@ class VAR(nn.Module):
                     top_p: float = 1.0, cached: bool = True, prefix: Tensor | None = None) -> Tensor:
         """The tokens of pictures of these labels (B,): (B, T), drawn step by step.
 
-        Guidance grows evenly over the scales, from none at the first to all of it at the last: the coarse scales decide
-        what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at every step.
-        prefix: tokens (B, n) of the first scales, whole ones, to be kept: only the finer scales are drawn.
+        Guidance leads away from a guess that knows neither the label nor what its own scale has drawn so far: label and
+        neighbours both count for more. It grows evenly over the scales, from none at the first to all of it at the last: the
+        coarse ones decide what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at
+        every step. prefix: tokens (B, n) of the first scales, whole ones, to be kept: only the finer scales are drawn.
         """
         generator = torch.Generator(labels.device).manual_seed(seed)
-        given = 0 if prefix is None else prefix.shape[1]
-        tokens = labels.new_zeros(len(labels), len(self.steps))
+        count, given = len(labels), 0 if prefix is None else prefix.shape[1]
+        tokens = labels.new_zeros(count, len(self.steps))
         if given:
             tokens[:, :given] = prefix
         modulation = self.transformer.modulate(self.label(with_and_without(labels, self.config.classes, guidance)))
         head = self.head()  # both are the same for the whole chain
         cache = Cache(self.transformer, len(modulation), len(self.steps), modulation.dtype) if cached else None
-        inputs, parts, finest = [], self.order.split(self.counts), len(self.scales) - 1
-        for step, cells in enumerate(parts):
+        mask = self.mask if guidance == 1 else torch.stack([self.mask, self.alone]).repeat_interleave(count, 0)[:, None]
+        mask, angles = mask[..., self.order, :][..., self.order], self.angles[self.order]
+        inputs, end, finest = [], 0, len(self.scales) - 1
+        for step, cells in enumerate(self.order.split(self.counts)):
             x = self.input(tokens, step)
-            x = x if guidance == 1 else torch.cat([x, x])
-            if cached:
-                h = self.transformer(x, self.angles[cells], modulation=modulation, cache=cache)
-            else:
-                inputs.append(x)
-                seen = torch.cat(parts[: step + 1])
-                h = self.transformer(torch.cat(inputs, dim=1), self.angles[seen], self.mask[seen][:, seen], modulation=modulation)
+            inputs.append(x if guidance == 1 else torch.cat([x, self.input(tokens, step, alone=True)]))
+            end += len(cells)
+            start = end - len(cells) if cached else 0
+            x = inputs[-1] if cached else torch.cat(inputs, dim=1)
+            h = self.transformer(x, angles[start:end], mask[..., start:end, :end], modulation=modulation, cache=cache)
             ramp = 1 + (guidance - 1) * self.scale_of[step] / finest if finest else guidance
             logits = (h[:, -len(cells) :] @ head.mT).float()
-            logits = logits[: len(labels)] if ramp == 1 else apply_guidance(logits, ramp)
+            logits = logits[:count] if ramp == 1 else apply_guidance(logits, ramp)
             if cells[0] >= given:
                 tokens[:, cells] = draw(logits, generator, temperature, top_k, top_p)
         return tokens
