@@ -141,7 +141,7 @@ class VAR(nn.Module):
         head = self.head()  # both are the same for the whole chain
         cache = Cache(self.transformer, len(modulation), len(self.steps), modulation.dtype) if cached else None
         mask = self.mask if guidance == 1 else torch.stack([self.mask, self.alone]).repeat_interleave(count, 0)[:, None]
-        mask, angles = mask[..., self.order, :][..., self.order], self.angles[self.order]
+        mask, angles = mask[..., self.order, :][..., self.order], self.angles[self.order]  # (T, T) or (2 B, 1, T, T), by step
         inputs, end, finest = [], 0, len(self.scales) - 1
         for step, cells in enumerate(self.order.split(self.counts)):
             x = self.input(tokens, step)
