@@ -17,8 +17,8 @@ finer one, as in a picture. Two things are trained:
 Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
 blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 15.3). HMAR found
 the same. And what they cannot ask each other, they can at least ask those before them: guidance leads away from a guess that
-knows neither the label nor the passes of its own scale (away from one that lacks the label alone: 17.3). So six passes are as
-good as the 64 of token_ar (TRIED.md).
+knows neither the label nor the passes of its own scale (away from one that lacks the label alone: 17.3). So on CIFAR-10 six
+passes are as good as the 64 of token_ar; on drawn scenes they are not (TRIED.md).
 
     python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
 
