@@ -90,7 +90,7 @@ class VAR(nn.Module):
         self.register_buffer("mask", steps[:, None] >= steps, persistent=False)  # (T, T): own step and earlier ones
         scale = torch.tensor(self.scale_of)[steps]  # (T,)
         alone = (steps[:, None] == steps) | (scale[:, None] > scale)
-        self.register_buffer("alone", alone, persistent=False)  # (T, T): own step and coarser scales
+        self.register_buffer("alone", alone, persistent=False)  # (T, T): own step and coarser scales; not its own scale so far
         self.register_buffer("angles", rotary_angles(places, config.width // config.heads), persistent=False)
 
     def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
