@@ -1,0 +1,99 @@
+"""Files: written whole or not at all, known by their content, and errors as sentences.
+
+The only place that writes atomically or hashes, and the one boundary at which an error of a
+library becomes a sentence for the user (`explained`).
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+
+from nanogen import UserError
+
+
+@contextlib.contextmanager
+def explained(sentence: str, *kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds (all, unless told) inside the block become a UserError.
+    sentence: what to say, with {reason} where the error's own words belong. A UserError passes."""
+    kinds = kinds or (Exception,)
+    try:
+        yield
+    except UserError:
+        raise
+    except kinds as error:
+        raise UserError(sentence.replace("{reason}", reason(error))) from error
+
+
+def reason(error: Exception) -> str:
+    """An error in one line: its first line, or its name where it says nothing."""
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(".") if lines else type(error).__name__
+
+
+def make_folder(folder: Path) -> Path:
+    """Make the folder and those above it, if they are missing."""
+    with explained(f"Cannot make the folder {folder} ({{reason}}).", OSError):
+        Path(folder).mkdir(parents=True, exist_ok=True)
+    return Path(folder)
+
+
+def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
+    """write(temporary path), then rename: a crash leaves the old file or the new one."""
+    path = Path(path)
+    partial = make_folder(path.parent) / f".{path.stem}.{os.getpid()}.partial{path.suffix}"
+    try:
+        with explained(f"Cannot write {path} ({{reason}}): is the disk full? An old one is kept."):
+            write(partial)
+            os.replace(partial, path)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
+
+
+def write_text(path: Path, text: str) -> None:
+    """Text as UTF-8, whatever the locale."""
+    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+
+
+def write_json(path: Path, content) -> None:
+    """A dict or list as indented JSON."""
+    write_text(path, json.dumps(content, indent=1))
+
+
+def write_npz(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Compressed arrays by name."""
+
+    def write(partial: Path) -> None:
+        with open(partial, "wb") as file:  # numpy would append .npz to a name
+            np.savez_compressed(file, **arrays)
+
+    write_atomically(path, write)
+
+
+def read_npz(path: Path, advice: str = "delete it and run again") -> dict[str, np.ndarray]:
+    """All arrays of an npz file. UserError, with this advice, if it is damaged or not one."""
+    with explained(f"{path} cannot be read ({{reason}}): {advice}."):
+        with np.load(path, allow_pickle=False) as file:
+            return dict(file)
+
+
+def content_hash(path: Path) -> str:
+    """sha256 of a file's content, 16 digits of it."""
+    return fingerprint(Path(path).read_bytes())
+
+
+def fingerprint(*parts) -> str:
+    """16 digits of the sha256 of bytes, arrays and anything else by its repr."""
+    key = hashlib.sha256()
+    for part in parts:
+        if isinstance(part, np.ndarray):
+            key.update(f"{part.dtype}{part.shape}".encode())
+            key.update(np.ascontiguousarray(part).data.cast("B") if part.size else b"")
+        else:
+            key.update(part if isinstance(part, bytes) else repr(part).encode())
+    return key.hexdigest()[:16]

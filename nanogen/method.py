@@ -1,0 +1,139 @@
+"""The contract of a method: what a file in image/ or audio/ provides, and all that the lab asks.
+
+    Config         a dataclass of settings, each with a comment; it refuses bad values by name
+    Model          Model(config, base), a subclass of Method: it learns (loss) and draws (sample)
+    <method>.json  the recipes beside the file: settings for each data set, with measured results
+
+A new method is one file and one line in METHODS. The lab trains, samples, judges and reports it by
+the declarations below. `size` (of the images), `classes` and `speakers` of a Config are filled from
+the data set (see `facts` in lab/recipes.py), and its `seconds` cuts longer sounds.
+
+Names of tensors, in batches and in conditions:
+
+    images     float (B, 3, H, W) in [-1, 1]
+    videos     float (B, T, 3, H, W) in [-1, 1]
+    waveforms  float (B, T) in [-1, 1] at 8,000 Hz, and their lengths int64 (B,) in samples
+    labels     int64 (B,), a class; speakers   int64 (B,), a voice
+    prompts    int64 (B, L), texts as Unicode code points, padded with 0
+"""
+
+import dataclasses
+import importlib
+from types import ModuleType
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+METHODS = {  # name -> module; modules are imported when they are used
+    "pixel_ar": "nanogen.image.pixel_ar",
+    "tokenizer": "nanogen.image.tokenizer",
+    "token_ar": "nanogen.image.token_ar",
+    "maskgit": "nanogen.image.maskgit",
+    "var": "nanogen.image.var",
+    "mar": "nanogen.image.mar",
+    "flow": "nanogen.image.flow",
+    "meanflow": "nanogen.image.meanflow",
+    "wave_ar": "nanogen.audio.wave_ar",
+    "codec": "nanogen.audio.codec",
+    "audio_lm": "nanogen.audio.audio_lm",
+    "judge": "nanogen.judge",
+}
+
+
+def find(name: str) -> ModuleType:
+    """The module of a method, with its `Config` and its `Model`. KeyError for an unknown name."""
+    return importlib.import_module(METHODS[name])
+
+
+class Requirement(NamedTuple):
+    """Another run that a model is built on: it is trained first, and passed to Model as `base`."""
+
+    method: str  # such as "tokenizer"
+    config: dict  # fields that its Config must have, such as {"bottleneck": "kl", "size": 32}
+    recipe: str = "default"  # the recipe to train it by, if it is missing
+    name: str = ""  # prefix of its folder; "": method and text fields, as in tokenizer-kl
+    training_only: bool = False  # a finished model works without it (the perceptual network)
+
+
+class Method(nn.Module):
+    """Base class of all models. The class attributes are the declarations that the lab reads."""
+
+    kind = "generator"  # "generator" (has `sample`), "tokenizer" (`encode`, `decode`), or "judge"
+    data = "images"  # what it learns from: "images", "sounds" or "videos"; "any": as it comes
+    concatenated = False  # learn from all sounds joined end to end and cut into equal rows
+    conditions: dict[str, str] = {"labels": "class"}  # of `sample`: name -> class, text or image
+    output = "images"  # what `sample` returns: "images", "videos" or "waveforms"
+    exact_likelihood = False  # there is a `log_likelihood(prepared batch)` -> nats (B,)
+    samples_to_judge = 1000  # how many samples `evaluate` draws; fewer where each one is slow
+
+    # What `prepare` does, known once the model is built:
+    encodes = False  # `prepare` changes the batch: it is called once, before training
+    encoding_fields: tuple[str, ...] = ()  # Config fields that change its result, which is kept
+    examples: int | None = None  # how many examples it makes (pairs of reflow); None: one for each
+
+    @staticmethod
+    def requires(config) -> Requirement | None:
+        """The run that a model with this Config is built on, or None."""
+        return None
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """Columns of the data set that a batch needs beside the images or sounds."""
+        return tuple(self.conditions)
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """A raw batch -> what `loss` takes. If `encodes`, it is called once for all the data (and
+        its mirror images), before training and without gradients."""
+        return batch
+
+    def measure(self, data: dict[str, Tensor]) -> None:
+        """Look at all the prepared data once, before training: to store a mean and a std, say."""
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """A batch -> (the scalar to minimise, named scalars to log)."""
+        raise NotImplementedError
+
+    def sample(self, conditions: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
+        """Draw one output for each row of the conditions: {"images": (B, 3, H, W)}, for example.
+        Further keyword arguments are the settings of the sampler, such as `steps`; the command line
+        offers all of them. A sampler that can show how its outputs come to be takes frames=True and
+        then adds "frames", a list of tensors like the output. ValueError for bad settings."""
+        raise NotImplementedError
+
+    def freeze(self, **modules: nn.Module | None) -> None:
+        """Keep finished models as attributes: self.freeze(tokenizer=tokenizer).
+        They are not registered as sub-modules, so they are neither trained nor saved with this
+        model, but they move with it to another device."""
+        for name, module in modules.items():
+            self.__dict__[name] = module  # setattr would register it
+            self.__dict__.setdefault("frozen", []).append(module)
+            if module is not None:
+                module.eval().requires_grad_(False)
+
+    def _apply(self, function, recurse: bool = True):  # behind .to(), .cuda(), .half()
+        for module in self.__dict__.get("frozen", []):
+            if module is not None:
+                module._apply(function, recurse)
+        return super()._apply(function, recurse)
+
+
+# ---- what a Config uses to check itself
+
+def check(config, **rules: tuple[bool, str]) -> None:
+    """ValueError for the first broken rule: check(self, width=(self.width > 0, "at least 1"))."""
+    for name, (good, wanted) in rules.items():
+        if not good:
+            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+
+
+def choose(config, **choices: tuple[str, ...]) -> None:
+    """ValueError for a text that is none of its choices: choose(self, head=("mse", "flow"))."""
+    check(config, **{name: (getattr(config, name) in allowed, f"one of {', '.join(allowed)}")
+                     for name, allowed in choices.items()})
+
+
+def unused(config, *names: str, when: str) -> None:
+    """ValueError for a field that was set without effect: unused(self, "depth", when=...)."""
+    for field in dataclasses.fields(config):
+        if field.name in names and getattr(config, field.name) != field.default:
+            raise ValueError(f"{field.name} has no effect {when}: leave it out")
