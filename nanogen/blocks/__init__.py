@@ -1,1 +1,1 @@
-"""The parts that every chapter shares. They know neither images nor sound, and import nothing of nanogen."""
+"""The parts that methods share. They know neither images nor sound, and import only one another."""

@@ -1,20 +1,20 @@
-"""The Transformer, one for every chapter: chains of pixels, tokens in any order, scales, latents in noise, sound.
+"""The Transformer, one for all methods: pixels, tokens in any order, scales, latents, sound.
 
-    x = x + attention(norm(x))        tokens exchange what they know
-    x = x + mlp(norm(x))              each token thinks by itself
+    x = x + attention(norm(x))        tokens exchange information
+    x = x + mlp(norm(x))              each token is processed by itself
 
-What differs between chapters is passed in, never built in:
-    positions   coordinates of any dimension (1-D chains, 2-D grids, clips, several scales), as rotary angles
-    mask        who may look at whom: causal for a chain, none for MaskGIT and flows, any boolean matrix
-    condition   a vector that shifts, scales and gates every layer (class, time), or nothing
-    cache       keys and values of the past, so that a new token costs one token's work
+What differs between methods is passed in, never built in:
+    positions   coordinates of any dimension (chains, grids, several scales), as rotary angles
+    mask        which token sees which: causal for a chain, none for MaskGIT, any boolean matrix
+    condition   a vector (class, time) that shifts, scales and gates every layer
+    cache       keys and values of earlier tokens, so that they need not be computed again
 
-    python -m nanogen bench           # how near this comes to the machine's own limits
-
-Sources: Vaswani et al. 2017 (the block); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary positions);
-Dehghani et al. 2023 (norms on queries and keys keep attention stable at high learning rates); Peebles & Xie 2023
-(AdaLN-zero). Different from the papers: no biases, norms without gains (the next matrix can hold them), and one
-matrix computes the modulations of all layers, so that a sampler may compute them once for a whole chain.
+Sources: Vaswani et al. 2017 (the block); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary
+positions); Dehghani et al. 2023 (norms of queries and keys keep attention stable at high learning
+rates); Peebles & Xie 2023 (AdaLN-zero).
+Different from the papers: no biases; one matrix makes the modulations of all layers, so that a
+sampler computes them only once; norms without gains. After most norms this changes nothing, since a
+matrix follows; after those of q and k, no attention logit exceeds sqrt(head size).
 """
 
 import torch
@@ -23,85 +23,73 @@ from torch import Tensor, nn
 
 
 class Transformer(nn.Module):
-    """width: features of a token; depth: blocks; heads: attention heads, width / heads features each.
+    """width: features of a token; depth: blocks; heads: attention heads, of width / heads features
+    (an even number); expansion: an MLP has expansion * width inside; dropout: on every branch."""
 
-    condition: whether forward takes a condition vector of size `width`. expansion: features inside an MLP, times width.
-    dropout: on every residual branch.
-    """
-
-    def __init__(self, width: int, depth: int, heads: int, condition: bool = True, expansion: int = 4, dropout: float = 0.0):
+    def __init__(self, width: int, depth: int, heads: int, expansion: int = 4,
+                 dropout: float = 0.0):
         super().__init__()
-        if width % heads or (width // heads) % 2:
-            raise ValueError(f"width {width} must split into {heads} heads of an even size")
         self.width, self.depth, self.heads = width, depth, heads
         self.blocks = nn.ModuleList(Block(width, heads, expansion, dropout) for _ in range(depth))
-        self.modulation = nn.Linear(width, depth * 6 * width + 2 * width) if condition else None
-        if condition:
-            self.modulation.adamw = True  # its rows are many small vectors, not one map
-            nn.init.zeros_(self.modulation.weight)
-            nn.init.zeros_(self.modulation.bias)  # gates start at 0: every block starts as the identity
+        # Zeroed, so that every block starts as the identity.
+        self.modulation = zeroed(nn.Linear(width, (6 * depth + 2) * width), adamw=True)
 
     def modulate(self, condition: Tensor) -> Tensor:
-        """(B, width) or (B, T, width) -> shifts, scales and gates for all layers, (B, 1 or T, 6 depth width + ...)."""
+        """(B, width) or (B, T, width) -> modulations (B, 1 or T, (6 depth + 2) width)."""
         modulation = self.modulation(F.silu(condition))
         return modulation[:, None] if modulation.ndim == 2 else modulation
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, causal: bool = False,
-                condition: Tensor | None = None, modulation: Tensor | None = None, cache: "Cache | None" = None) -> Tensor:
-        """x: (B, T, width) -> (B, T, width), normalised at the end.
-
-        angles: (T, width / heads / 2) from `rotary_angles`, of these T tokens.
-        mask: boolean, broadcastable to (B, heads, T, S), True where a token may look; or causal=True; or neither.
-        condition: see `modulate`; or its result as `modulation`. cache: then S counts the cached tokens too.
-        """
+                condition: Tensor | None = None, modulation: Tensor | None = None,
+                cache: "Cache | None" = None) -> Tensor:
+        """x: (B, T, width) -> (B, T, width), normalised at the end. angles: (T, width / heads / 2)
+        from `rotary_angles`, of these T tokens. mask: boolean, fits (B, heads, T, S), True where a
+        token may look; S includes the cached tokens. causal=True instead: each token sees itself
+        and those before it. condition: see `modulate`; or pass its result as `modulation`."""
         if condition is not None:
             modulation = self.modulate(condition)
-        chunks = modulation.split(self.width, dim=-1) if modulation is not None else None
+        chunks = modulation.split(self.width, dim=-1)  # 6 for each block, 2 for the end
         rotation = torch.cat([angles.cos(), angles.sin()]).chunk(2)  # (T, head / 2) each
         for i, block in enumerate(self.blocks):
-            parts = chunks[6 * i : 6 * i + 6] if chunks else None
-            x = block(x, rotation, mask, causal, parts, cache.layers[i] if cache else None)
-        x = norm(x)
-        return x * (1 + chunks[-1]) + chunks[-2] if chunks else x
+            x = block(x, chunks[6 * i : 6 * i + 6], rotation, mask, causal, cache, i)
+        if cache:
+            cache.length += x.shape[1]
+        return norm(x) * (1 + chunks[-1]) + chunks[-2]
 
 
 class Block(nn.Module):
-    """Attention and MLP on a residual stream, each behind a norm."""
+    """Attention and an MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, width: int, heads: int, expansion: int, dropout: float = 0.0):
         super().__init__()
-        self.heads, self.dropout = heads, dropout
+        self.heads, self.drop = heads, nn.Dropout(dropout)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, expansion * width, bias=False)
         self.down = nn.Linear(expansion * width, width, bias=False)
 
-    def forward(self, x: Tensor, rotation, mask, causal: bool, modulation, cache: "LayerCache | None") -> Tensor:
-        if modulation is None:
-            x = x + self.drop(self.attend(norm(x), rotation, mask, causal, cache))
-            return x + self.drop(self.down(F.gelu(self.up(norm(x)))))
-        shift1, scale1, gate1, shift2, scale2, gate2 = modulation
-        x = x + gate1 * self.drop(self.attend(norm(x) * (1 + scale1) + shift1, rotation, mask, causal, cache))
-        return x + gate2 * self.drop(self.down(F.gelu(self.up(norm(x) * (1 + scale2) + shift2))))
+    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], *context) -> Tensor:
+        shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1 or T, width) each
+        x = x + gate1 * self.drop(self.attend(norm(x) * (1 + scale1) + shift1, *context))
+        return x + gate2 * self.drop(self.mlp(norm(x) * (1 + scale2) + shift2))
 
-    def attend(self, x: Tensor, rotation, mask, causal: bool, cache: "LayerCache | None") -> Tensor:
-        batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).view(batch, tokens, 3, self.heads, -1).permute(2, 0, 3, 1, 4)  # (B, heads, T, head) each
+    def mlp(self, x: Tensor) -> Tensor:
+        return self.down(F.gelu(self.up(x)))
+
+    def attend(self, x: Tensor, rotation, mask, causal: bool, cache, layer: int) -> Tensor:
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head) each
         q, k = rotate(norm(q), rotation).to(v.dtype), rotate(norm(k), rotation).to(v.dtype)
         if cache is not None:
-            k, v = cache.append(k, v)
-        return self.out(attention(q, k, v, mask, causal).transpose(1, 2).reshape(batch, tokens, width))
-
-    def drop(self, x: Tensor) -> Tensor:
-        return F.dropout(x, self.dropout, self.training) if self.dropout else x
+            k, v = cache.append(layer, k, v)
+        return self.out(attention(q, k, v, mask, causal).transpose(1, 2).flatten(2))
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causal: bool = False) -> Tensor:
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
+              causal: bool = False) -> Tensor:
     """softmax(q k^T / sqrt(head)) v, with q (B, heads, T, head) and k, v (B, heads, S, head).
-
-    The fused kernel, except for little work on a CPU: in bfloat16 its backward pass takes five times as long as two plain
-    products (T = S = 64), and a single query over a cache of 1,024 keys takes it 16 ms instead of 0.8 (torch 2.13).
-    """
+    The fused kernel is slow for short chains on a CPU in bfloat16 (torch 2.13): plain products are
+    5 times as fast in the backward pass of T = S = 64, and 20 times for one query of 1,024 keys."""
     tokens, seen = q.shape[2], k.shape[2]
     if q.device.type != "cpu" or tokens * seen > 256 * 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
@@ -113,17 +101,23 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, causa
     return scores.softmax(-1).to(v.dtype) @ v
 
 
+def zeroed(layer: nn.Module, adamw: bool = False) -> nn.Module:
+    """The layer, with weights and bias 0. adamw: train it by AdamW, not by Muon."""
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    layer.adamw = adamw
+    return layer
+
+
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without a gain: every vector to a mean square of 1."""
     return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head: int, base: float = 100.0) -> Tensor:
-    """Coordinates (T, axes) -> angles (T, head / 2), the axes sharing the head's pairs of features evenly.
-
-    Pair i of an axis turns by position * base^(-i / pairs): the first tell neighbours apart, the last see far.
-    Pairs that are left over do not turn.
-    """
+    """Coordinates (T, axes) -> angles (T, head / 2), the same number of pairs for each axis. Pair i
+    of an axis turns by position * base^(-i / pairs): the first pairs tell neighbours apart, the
+    last ones distant positions. Pairs that are left over do not turn."""
     axes = positions.shape[1]
     pairs = head // 2 // axes
     frequencies = base ** -(torch.arange(pairs, device=positions.device) / pairs)
@@ -132,7 +126,7 @@ def rotary_angles(positions: Tensor, head: int, base: float = 100.0) -> Tensor:
 
 
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of features (i, i + head/2) of x (B, heads, T, head) by the angles whose (cos, sin) is `rotation`."""
+    """Turn pairs of features (i, i + head/2) of x (B, heads, T, head); rotation: (cos, sin)."""
     cos, sin = rotation
     a, b = x.chunk(2, dim=-1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
@@ -143,60 +137,56 @@ def grid_positions(*sizes: int) -> Tensor:
     return torch.cartesian_prod(*(torch.arange(size) for size in sizes)).view(-1, len(sizes))
 
 
-class LayerCache:
-    """Keys and values of one layer, (B, heads, capacity, head), written in place."""
-
-    def __init__(self, shape: tuple[int, ...], device, dtype):
-        self.k, self.v = torch.zeros(2, *shape, device=device, dtype=dtype)
-        self.length = 0
-
-    def append(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        start, self.length = self.length, self.length + k.shape[2]
-        self.k[:, :, start : self.length] = k
-        self.v[:, :, start : self.length] = v
-        return self.k[:, :, : self.length], self.v[:, :, : self.length]
+def grid_angles(*sizes: int, head: int) -> Tensor:
+    """`rotary_angles` of all cells of such a raster."""
+    return rotary_angles(grid_positions(*sizes), head)
 
 
 class Cache:
-    """Everything the past leaves behind: allocated once, filled token by token.
+    """Keys and values of all layers, for `capacity` tokens, of which `length` are known. Without a
+    mask, new tokens see the cached ones and each other, as in a scale that is drawn at once."""
 
-    Without a mask, new tokens see all cached ones and each other: right for one token at a time, and for a scale
-    that is drawn in one go.
-    """
+    def __init__(self, transformer: Transformer, batch: int, capacity: int,
+                 dtype: torch.dtype = torch.float32):
+        weight, heads = transformer.blocks[0].out.weight, transformer.heads
+        shape = (2, transformer.depth, batch, heads, capacity, transformer.width // heads)
+        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype)
+        self.length = 0
 
-    def __init__(self, transformer: Transformer, batch: int, capacity: int, dtype: torch.dtype = torch.float32):
-        device = transformer.blocks[0].out.weight.device
-        shape = (batch, transformer.heads, capacity, transformer.width // transformer.heads)
-        self.layers = [LayerCache(shape, device, dtype) for _ in transformer.blocks]
+    def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v of new tokens (B, heads, T, head) -> those of all tokens, (B, heads, S, head)."""
+        end = self.length + k.shape[2]
+        self.k[layer, :, :, self.length : end] = k
+        self.v[layer, :, :, self.length : end] = v
+        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
 
 
-class WordVectors(nn.Module):
-    """A vector for each word of a vocabulary, and for `extra` further ones such as "masked": () -> (K + extra, width).
-
-    The words of a language are unrelated signs. Ours look like something: a token stands for a patch, a number for a
-    brightness, and `codes` (K, dim) say what. So a vector is a small function of the code plus a free part of its own, and
-    what is learned about one word is learned about those like it too. `zero`: all start at 0, for an output layer.
-    """
+class CodeEmbedding(nn.Module):
+    """One vector for each code of a codebook: an MLP of the code, plus an ordinary embedding. The
+    MLP gives similar codes similar vectors, so what is learned about one helps with the others.
+    codes: (K, dim). extra: number of further vectors without a code, such as "masked". zero: all
+    vectors start at 0, for an output layer."""
 
     def __init__(self, codes: Tensor, width: int, extra: int = 0, zero: bool = False):
         super().__init__()
-        self.register_buffer("codes", (codes - codes.mean(0)) / codes.std(0), persistent=False)
-        self.mlp = nn.Sequential(nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width, bias=False))
+        codes = (codes - codes.mean(0)) / codes.std(0)
+        self.register_buffer("codes", codes, persistent=False)
+        self.mlp = nn.Sequential(
+            nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width, bias=False))
         self.free = nn.Embedding(len(codes) + extra, width)
         nn.init.normal_(self.mlp[0].weight)  # large enough to tell neighbours apart
         nn.init.normal_(self.mlp[2].weight, std=0 if zero else width**-0.5)
         nn.init.normal_(self.free.weight, std=0 if zero else 0.2)
 
     def forward(self) -> Tensor:
+        """All vectors: (K + extra, width)."""
         extra = len(self.free.weight) - len(self.codes)
         return F.pad(self.mlp(self.codes), (0, 0, 0, extra)) + self.free.weight
 
 
 class ConditionEmbedding(nn.Module):
-    """A class label (and, for flows, a time) -> one vector. The last label means "no label", for guidance.
-
-    Ho & Salimans 2022, "Classifier-Free Diffusion Guidance": in training a tenth of the labels is hidden.
-    """
+    """A class label (and, for flows, a time) -> one vector. Index `classes` is the null class, for
+    guidance (Ho & Salimans 2022, "Classifier-Free Diffusion Guidance")."""
 
     def __init__(self, classes: int, width: int, time: bool = False):
         super().__init__()
@@ -210,18 +200,18 @@ class ConditionEmbedding(nn.Module):
         return vector if self.time is None else vector + self.time(t)
 
 
-def drop_labels(labels: Tensor, null: int, share: float = 0.1) -> Tensor:
-    """Hide a share of the labels behind the label `null`."""
-    return torch.where(torch.rand(labels.shape, device=labels.device) < share, null, labels)
+def drop_labels(labels: Tensor, null: int, fraction: float = 0.1) -> Tensor:
+    """Replace a random fraction of the labels by the null class: training for guidance."""
+    return torch.where(torch.rand(labels.shape, device=labels.device) < fraction, null, labels)
 
 
 class TimeEmbedding(nn.Module):
-    """Sines and cosines of t at many frequencies, then a small MLP: (N,) -> (N, width)."""
+    """sin(w t) and cos(w t) for many w from 1 to 1,000, then a small MLP: (N,) -> (N, width)."""
 
-    def __init__(self, width: int, frequencies: int = 64):
+    def __init__(self, width: int, count: int = 64):
         super().__init__()
-        self.register_buffer("frequencies", torch.logspace(0, 3, frequencies), persistent=False)  # radians per unit
-        self.mlp = nn.Sequential(nn.Linear(2 * frequencies, width), nn.SiLU(), nn.Linear(width, width))
+        self.register_buffer("frequencies", torch.logspace(0, 3, count), persistent=False)
+        self.mlp = nn.Sequential(nn.Linear(2 * count, width), nn.SiLU(), nn.Linear(width, width))
 
     def forward(self, t: Tensor) -> Tensor:
         angle = t.float()[:, None] * self.frequencies
