@@ -1,26 +1,23 @@
-"""Flow matching: a velocity field that carries noise to pictures along straight lines.
+"""Flow matching: a velocity field that carries noise to images along straight lines.
 
-    x_t = (1 - t) noise + t data        a straight line from noise (t = 0) to data (t = 1)
-    dx_t / dt = data - noise            its velocity: what the network learns to predict from x_t and t
-    sample: start from noise, walk along the predicted velocity from t = 0 to t = 1
+    x_t = (1 - t) noise + t data    a straight line from noise (t = 0) to data (t = 1)
+    dx_t / dt = data - noise        its velocity, which the network predicts from x_t and t
+    sample: start from noise, follow the predicted velocity from t = 0 to t = 1
 
-That is the whole method (blocks/flow_matching.py has it in ten lines). Two networks, as in the history of Stable Diffusion:
+Losses and solvers are in blocks/flow_matching.py. network="unet" is a small U-Net on pixels, "dit"
+a Transformer on the latents of a KL tokenizer (as in Stable Diffusion 3 and Flux).
 
-    unet   a small convolutional U-Net on pixels       (versions 1 and 2, there on latents)
-    dit    a Transformer on the latents of a KL tokenizer (version 3, Flux)
+objective="ddpm" is the older method: predict the noise, on a curved path. objective="reflow"
+straightens a finished flow, the teacher. Lines between random pairs of noise and data cross, so the
+teacher's paths bend; but they do not cross. So a student that starts as the teacher and learns
+straight lines between the *ends* of its paths, drawn with guidance, needs fewer steps.
 
-and, on the same network, the objective that came before (objective="ddpm": predict the noise on a curved path), so that
-"straighter, so fewer steps" can be measured.
+Training draws t from logit-normal(0, 1), of which only 0.16% are below 0.05, or uniformly as DDPM.
+Samplers ask for evenly spaced times, beginning with 0, so their first ones are rare in training.
 
-    python -m nanogen train flow --data cifar10 --minutes 12
+    python -m nanogen train flow --data cifar10
 
-Reflow (objective="reflow") straightens a finished flow, its teacher. Lines between noise and data drawn at random cross, and
-where they cross the mean velocity bends. The teacher's paths never cross, so a student that starts as the teacher and learns
-the straight lines between the *ends* of its paths meets few crossings: fewer steps do. The teacher's guidance is in the pairs.
-
-Sources: Lipman et al. 2023 and Liu et al. 2022 (the objective; the latter also reflow); Esser et al. 2024 (logit-normal times,
-Stable Diffusion 3); Peebles & Xie 2023 (DiT); Ho et al. 2020, Nichol & Dhariwal 2021 (DDPM, cosine schedule); Song et al. 2021
-(DDIM sampling).
+Sources: those in blocks/flow_matching.py; Peebles & Xie 2023 (DiT).
 """
 
 from dataclasses import dataclass
@@ -28,24 +25,18 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from nanogen.blocks.flow_matching import (
-    diffusion_loss,
-    flow_loss,
-    guide,
-    logit_normal_times,
-    loss_by_time,
-    solve,
-    solve_diffusion,
-    uniform_times,
-)
-from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_positions, rotary_angles
+from nanogen.blocks import flow_matching as fm
+from nanogen.blocks.standardize import Standardizer
+from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_angles
 from nanogen.blocks.unet import UNet, check_fit
+from nanogen.image import check_transformer
+from nanogen.method import Method, Requirement, check, choose, unused
 
 
 @dataclass
 class Config:
     network: str = "unet"  # unet (on pixels) or dit (on latents)
-    objective: str = "flow"  # flow, ddpm, or reflow (unet only, stands on a finished flow)
+    objective: str = "flow"  # flow, ddpm, or reflow (unet only; requires a finished flow)
     times: str = "logit-normal"  # how training times are drawn: logit-normal or uniform
     widths: tuple[int, ...] = (64, 128, 128)  # unet: channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # unet: residual blocks per level
@@ -53,137 +44,136 @@ class Config:
     width: int = 256  # size of the condition vector; dit: features per token
     depth: int = 6  # dit: blocks
     heads: int = 4  # dit: attention heads
-    reflow_pairs: int = 4000  # reflow: pairs of noise and picture that the teacher draws
-    reflow_steps: int = 8  # reflow: midpoint steps of the teacher from a noise to its picture
-    reflow_guidance: float = 3.0  # reflow: guidance of the teacher
-    label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
-    size: int = 32  # side of the pictures in pixels
+    reflow_pairs: int = 4000  # reflow: pairs of noise and image that the teacher draws
+    reflow_steps: int = 8  # reflow: midpoint steps of the teacher from a noise to its image
+    reflow_guidance: float = 3.0  # reflow: guidance of the teacher (a recipe may always set it)
+    label_dropout: float = 0.1  # fraction of training images whose label is hidden, for guidance
+    size: int = 32  # side of the images in pixels
     classes: int = 10  # number of labels
 
+    def __post_init__(self):
+        choose(self, network=("unet", "dit"), objective=("flow", "ddpm", "reflow"),
+               times=("logit-normal", "uniform"))
+        sizes = "width", "reflow_pairs", "reflow_steps"
+        check(self, **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes})
+        if self.network == "unet":
+            unused(self, "depth", "heads", when="with network unet")
+            check_fit(self.size, self.widths)
+        else:
+            unused(self, "widths", "blocks", "attention_at", when="with network dit")
+            check_transformer(self)
+        if self.objective != "reflow":
+            return unused(self, "reflow_pairs", "reflow_steps", when="without objective reflow")
+        unused(self, "label_dropout", when="with objective reflow")
+        check(self, network=(self.network == "unet", "unet with objective reflow"))
 
-def stands_on(config: Config) -> tuple[str, dict] | None:
-    """The chapter underneath and what it must be, as fields of its Config; None: there is none."""
-    if config.objective == "reflow":
-        same = {name: getattr(config, name) for name in ("widths", "blocks", "attention_at", "width")}  # it starts as its teacher
-        return "flow", {"objective": "flow", "network": "unet"} | same
-    return ("tokenizer", {"bottleneck": "kl"}) if config.network == "dit" else None
 
-
-class Flow(nn.Module):
+class Flow(Method):
     """A network that predicts the velocity (or, for ddpm, the noise) at (x_t, t, label)."""
 
     def __init__(self, config: Config, base: nn.Module | None = None):
-        """base: the KL tokenizer of a dit, or the teacher of a reflow, another Flow with the same network."""
+        """base: the KL tokenizer of a dit; for reflow the teacher, a Flow with the same network."""
         super().__init__()
-        choices = {"network": ("unet", "dit"), "objective": ("flow", "ddpm", "reflow"), "times": ("logit-normal", "uniform")}
-        for name, allowed in choices.items():
-            if getattr(config, name) not in allowed:
-                raise ValueError(f"{name} must be one of {', '.join(allowed)}, got {getattr(config, name)!r}")
-        if config.width < 1:
-            raise ValueError(f"width must be at least 1, got {config.width}")
-        if config.objective == "reflow" and (config.network != "unet" or base is None):
-            raise ValueError("reflow needs network unet and a finished flow to start from")
-        if config.network == "dit" and base is None:
-            raise ValueError("a dit needs a KL tokenizer to stand on")
-        self.config = config
-        reflow = config.objective == "reflow"
-        self.teacher, self.tokenizer = ([base], []) if reflow else ([], [base])  # in lists: frozen, not in the saved weights
+        reflow, latent = config.objective == "reflow", config.network == "dit"
+        self.config, self.encodes = config, reflow or latent
+        self.examples = config.reflow_pairs if reflow else None
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
-        if config.network == "unet":
-            check_fit(config.size, config.widths)
-            self.shape = (3, config.size, config.size)
-            self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
-        else:
+        if latent:
+            self.freeze(tokenizer=base)
             self.shape = (base.config.channels, base.grid, base.grid)
             self.network = LatentTransformer(self.shape, config.width, config.depth, config.heads)
-        self.register_buffer("latent_mean", torch.zeros(self.shape[0], 1, 1))
-        self.register_buffer("latent_std", torch.ones(self.shape[0], 1, 1))
+            self.latents = Standardizer(base.config.channels, trailing=2)
+        else:
+            self.shape = (3, config.size, config.size)
+            self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         if reflow:
+            self.freeze(teacher=base)
             self.load_state_dict(base.state_dict())
 
-    def measure(self, latents: Tensor) -> None:
-        """Remember mean and std of each channel of some latents (N, C, h, w): the network sees them as N(0, 1)."""
-        self.latent_mean.copy_(latents.mean((0, 2, 3), keepdim=True)[0])
-        self.latent_std.copy_(latents.std((0, 2, 3), keepdim=True)[0])
+    @staticmethod
+    def requires(config: Config) -> Requirement | None:
+        if config.network == "dit":
+            return Requirement("tokenizer", {"bottleneck": "kl", "size": config.size})
+        if config.objective == "reflow":  # the student starts with the weights of its teacher
+            net = ("network", "widths", "blocks", "attention_at", "width", "size")
+            return Requirement("flow", {"objective": "flow"} | {f: getattr(config, f) for f in net})
 
-    def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """What `loss` wants, made once before training from a batch of pictures (B, 3, H, W) and labels (B,).
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """dit: "images" (B, 3, H, W) -> "latents" (B, C, h, w). reflow: for each of the "labels"
+        (B,), "noise" and the teacher's image "x1", float16 (B, 3, H, W). The labels stay."""
+        labels = batch["labels"]
+        if self.config.network == "dit":
+            return {"latents": self.tokenizer.encode(batch["images"]), "labels": labels}
+        noise = torch.randn(len(labels), *self.shape, device=labels.device)
+        field = fm.guide(self.teacher, labels, self.config.classes, self.config.reflow_guidance)
+        x1 = fm.solve(field, noise, self.config.reflow_steps, "midpoint")
+        return {"noise": noise.half(), "x1": x1.half(), "labels": labels}
 
-        dit: the pictures' latents. reflow: noise, and where the teacher carries it under these labels, as float16; of the
-        pictures only the number counts.
-        """
-        if self.config.objective == "reflow":
-            noise = torch.randn(images.shape, device=images.device)
-            field = guide(self.teacher[0], labels, self.config.classes, self.config.reflow_guidance)
-            x1 = solve(field, noise, self.config.reflow_steps, "midpoint")
-            return {"noise": noise.half(), "x1": x1.half(), "labels": labels}
-        return {"latents": self.tokenizer[0].encode(images), "labels": labels}
+    def measure(self, data: dict[str, Tensor]) -> None:
+        if self.config.network == "dit":
+            self.latents.measure(data["latents"])  # the network sees them as N(0, 1)
 
     def forward(self, x_t: Tensor, t: Tensor, labels: Tensor) -> Tensor:
         """x_t: (B, C, h, w), t: (B,), labels: (B,) -> velocity or noise, the shape of x_t."""
         return self.network(x_t, self.condition(labels, t))
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """batch: "labels" (B,) and "images" (B, 3, H, W) in [-1, 1], or "latents" (B, C, h, w), or for a reflow "x1" and
-        "noise" (B, 3, H, W). Mean squared error."""
-        noise, labels = None, batch["labels"]
-        if self.config.objective == "reflow":  # no hidden labels: guidance is in the pairs already
+        """Mean squared error. batch: "labels" (B,) and "images" (B, 3, H, W), or as prepared."""
+        config, noise, labels = self.config, None, batch["labels"]
+        if config.objective == "reflow":  # no hidden labels: guidance is in the pairs already
             x1, noise = batch["x1"].float(), batch["noise"].float()
         else:
-            labels = drop_labels(labels, self.config.classes, self.config.label_dropout)
-            x1 = batch["images"] if "images" in batch else (batch["latents"] - self.latent_mean) / self.latent_std
-        objective = diffusion_loss if self.config.objective == "ddpm" else flow_loss
-        times = logit_normal_times if self.config.times == "logit-normal" else uniform_times
+            labels = drop_labels(labels, config.classes, config.label_dropout)
+            x1 = batch["images"] if config.network == "unet" else self.latents(batch["latents"])
+        objective = fm.diffusion_loss if config.objective == "ddpm" else fm.flow_loss
+        times = fm.logit_normal_times if config.times == "logit-normal" else fm.uniform_times
         loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, times, noise)
-        thirds = loss_by_time(each, t, 3).nan_to_num()  # near the noise, in the middle, near the data; 0 where no t fell
+        thirds = fm.loss_by_time(each, t, 3).nan_to_num()  # 0 where no t fell
         return loss, dict(zip(("loss_noise", "loss_middle", "loss_data"), thirds, strict=True))
 
     @torch.no_grad()
-    def sample(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0,
-               frames: bool = False, method: str | None = None):
-        """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
-
-        steps, method: of the solver. Flow and reflow: 8 steps of midpoint unless told, two evaluations each; or euler, heun.
-        ddpm: 25 steps of ddim unless told, one evaluation each; or ddpm.
-        temperature scales the starting noise. A reflow has learned its teacher's guidance: 1, or reflow_guidance by name, draws
-        with that one; any other raises ValueError.
-        """
-        if self.config.objective == "reflow":
-            trained = self.config.reflow_guidance
-            if guidance not in (1, trained):
-                raise ValueError(f"guidance {trained:g} is trained in and cannot become {guidance:g} afterwards: "
-                                 f"leave it out, or train with --reflow_guidance {guidance:g}")
-            guidance = 1.0
-        generator = torch.Generator(labels.device).manual_seed(seed)
-        noise = temperature * torch.randn(len(labels), *self.shape, generator=generator, device=labels.device)
-        field = guide(self, labels, self.config.classes, guidance)
-        if self.config.objective == "ddpm":
-            clip = 1.0 if self.config.network == "unet" else None
-            states = solve_diffusion(field, noise, steps or 25, method or "ddim", clip=clip, frames=True, generator=generator)
+    def sample(self, conditions: dict[str, Tensor], *, steps: int | None = None,
+               method: str | None = None, guidance: float = 1.0, temperature: float = 1.0,
+               seed: int = 0, frames: bool = False) -> dict:
+        """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": those after each step.
+        method, steps: of the solver. Defaults: midpoint (or heun, euler), 8 steps of 2 evaluations;
+        for ddpm ddim (or ddpm), 25 steps. temperature scales the starting noise. Reflow draws with
+        its teacher's guidance: ValueError for another."""
+        config, labels = self.config, conditions["labels"]
+        reflow, ddpm = config.objective == "reflow", config.objective == "ddpm"
+        if reflow and guidance not in (1, config.reflow_guidance):
+            raise ValueError(f"guidance {config.reflow_guidance:g} is trained in and cannot become "
+                             f"{guidance:g}: leave it out, or train with another reflow_guidance")
+        field = fm.guide(self, labels, config.classes, 1.0 if reflow else guidance)
+        steps = (25 if ddpm else 8) if steps is None else steps
+        rng = torch.Generator(labels.device).manual_seed(seed)
+        x0 = temperature * torch.randn(len(labels), *self.shape, generator=rng, device=rng.device)
+        if ddpm:
+            clip = 1.0 if config.network == "unet" else None
+            states = fm.solve_diffusion(field, x0, steps, method or "ddim", clip, True, rng)
         else:
-            states = solve(field, noise, steps or 8, method or "midpoint", frames=True)
-        images = self.to_pictures(states[-1])
-        return (images, [self.to_pictures(x) for x in states]) if frames else images
+            states = fm.solve(field, x0, steps, method or "midpoint", frames=True)
+        images = [self.to_images(x) for x in (states if frames else states[-1:])]
+        return {"images": images[-1]} | ({"frames": images} if frames else {})
 
-    def to_pictures(self, x: Tensor) -> Tensor:
-        """What the flow moves -> pictures in [-1, 1]: pixels as they are, latents through the decoder."""
-        if self.config.network == "unet":
-            return x.clamp(-1, 1)
-        return self.tokenizer[0].decode(x * self.latent_std + self.latent_mean)
+    def to_images(self, x: Tensor) -> Tensor:
+        """The end of a path -> images in [-1, 1]: pixels are clipped, latents decoded."""
+        pixels = self.config.network == "unet"
+        return x.clamp(-1, 1) if pixels else self.tokenizer.decode(self.latents.inverse(x))
 
 
 class LatentTransformer(nn.Module):
-    """DiT on a grid of latents: every cell is a token. (B, C, h, w) and a condition (B, width) -> (B, C, h, w)."""
+    """DiT on a grid of latents, each cell a token: (B, C, h, w), a condition (B, width) -> same."""
 
     def __init__(self, shape: tuple[int, int, int], width: int, depth: int, heads: int):
         super().__init__()
-        channels, height, breadth = shape
-        self.inp = nn.Conv2d(channels, width, 3, padding=1)  # 3x3, not 1x1: each token hears of its neighbours
+        channels, *grid = shape
+        self.inp = nn.Conv2d(channels, width, 3, padding=1)  # 3x3: each token sees its neighbours
         self.transformer = Transformer(width, depth, heads)
         self.out = nn.Linear(width, channels)
         self.out.adamw = True
         nn.init.zeros_(self.out.weight)
-        self.register_buffer("angles", rotary_angles(grid_positions(height, breadth), width // heads), persistent=False)
+        self.register_buffer("angles", grid_angles(*grid, head=width // heads), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:
         tokens = self.inp(x).flatten(2).transpose(1, 2)  # (B, h w, width)

@@ -1,20 +1,17 @@
 """MaskGIT: all tokens at once, the surest first.
 
-    start    ? ? ? ?        every token is masked
-    step     ? 7 ? ?        guess all of them in one pass; keep the guesses the network is surest of
-    step     3 7 ? 9        mask the rest again; repeat: 8 to 12 passes for 64 tokens
-    end      3 7 1 9
+    start     ? ? ? ?      every token is masked
+    pass 1    ? 7 ? ?      predict all of them; keep the tokens that the network is surest of
+    pass 2    3 7 ? 9      mask the others again and repeat: 8 to 12 passes for 64 tokens
 
-Raster order is an accident of how pictures are stored. The network is the same Transformer without the causal mask,
-trained to fill in a random share of masked tokens. Tokens that are drawn in the same step do not know of each other:
-that is the price of few steps, and why the first steps reveal few (cosine schedule).
+The Transformer, without the causal mask, learns to fill in masked tokens: a fraction cos(pi/2 r) of
+the image, r uniform. Tokens of one pass are drawn independently: that is the price of few passes.
 
-    python -m nanogen train maskgit --data cifar10 --minutes 10
+    python -m nanogen train maskgit --data cifar10      # 10 minutes on 2 CPU threads: FD-nano 28.8
 
-Sources: Chang et al. 2022 (MaskGIT: masking cos(pi r / 2), confidence); Besnier et al. 2025 (Halton order: reveal in a
-sequence that covers the picture evenly, so that tokens of one step are far apart and hardly depend on each other).
-Different from the paper: class through AdaLN; a 3x3 convolution over the embedded grid in front of the Transformer; words
-that look alike have vectors alike (`WordVectors`).
+Sources: Chang et al. 2022, "MaskGIT" (masking, schedule, confidence with Gumbel noise); Besnier et
+al. 2025, "Halton scheduler" (tokens of one pass lie far apart and hardly depend on each other).
+Different here: class through AdaLN; a 3x3 convolution before the Transformer; `CodeEmbedding`.
 """
 
 import math
@@ -24,16 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogen.blocks.sampling import apply_guidance, draw, halton_ranks, reveal_schedule, with_and_without
-from nanogen.blocks.transformer import (
-    ConditionEmbedding,
-    Transformer,
-    WordVectors,
-    drop_labels,
-    grid_positions,
-    rotary_angles,
-)
+from nanogen.blocks import sampling, transformer
+from nanogen.blocks.transformer import CodeEmbedding, ConditionEmbedding, drop_labels
+from nanogen.image import check_transformer
 from nanogen.image.tokenizer import show_partial
+from nanogen.method import Method, Requirement, check, choose
 
 
 @dataclass
@@ -42,113 +34,113 @@ class Config:
     depth: int = 6  # blocks
     heads: int = 3  # attention heads
     dropout: float = 0.0  # on every residual branch
-    label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
+    label_dropout: float = 0.1  # fraction of training images whose label is hidden, for guidance
     smoothing: float = 0.1  # label smoothing of the cross-entropy
     order: str = "confidence"  # the sampler's default order: confidence or halton
-    gumbel: float = 4.5  # tau, how much chance there is in the order by confidence; falls to 0 at the last step
-    bottleneck: str = "vq"  # the tokenizer to stand on: vq or fsq
-    size: int = 32  # side of the pictures in pixels
+    gumbel: float = 4.5  # size of the noise in the order by confidence; it falls to 0 at the end
+    bottleneck: str = "vq"  # of the tokenizer: vq or fsq
+    size: int = 32  # side of the images in pixels
     classes: int = 10  # number of labels
 
-
-def stands_on(config: Config) -> tuple[str, dict]:
-    """The chapter underneath, and what it must be: fields of its Config. ValueError for a bottleneck without words in a grid."""
-    if config.bottleneck not in ("vq", "fsq"):
-        raise ValueError(f"bottleneck must be vq or fsq, got {config.bottleneck!r}")
-    return "tokenizer", {"bottleneck": config.bottleneck}
+    def __post_init__(self):
+        choose(self, bottleneck=("vq", "fsq"), order=("confidence", "halton"))
+        check(self, smoothing=(self.smoothing < 1, "below 1"))
+        check_transformer(self)
 
 
-class MaskGIT(nn.Module):
-    """A Transformer that fills in masked tokens. `tokenizer` is frozen, and no part of the saved weights."""
+class MaskGIT(Method):
+    """A Transformer that fills in masked tokens of a frozen tokenizer."""
 
-    def __init__(self, config: Config, tokenizer: nn.Module):
+    encodes = True
+
+    def __init__(self, config: Config, base: nn.Module):
         super().__init__()
         self.config = config
-        self.tokenizer = [tokenizer]  # in a list: not a sub-module
-        self.grid, self.vocabulary = tokenizer.grid, tokenizer.vocabulary
-        self.mask = self.vocabulary  # an extra word: "not known yet"
-        self.embedding = WordVectors(tokenizer.codes(), config.width, extra=1)
-        self.local = nn.Conv2d(config.width, config.width, 3, padding=1)
-        self.label = ConditionEmbedding(config.classes, config.width)
-        self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
-        self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        angles = rotary_angles(grid_positions(self.grid, self.grid), config.width // config.heads)
+        self.freeze(tokenizer=base)
+        self.grid, self.codebook_size = base.grid, base.codebook_size
+        self.mask = self.codebook_size  # an extra token: not known yet
+        width, codes = config.width, base.code_vectors()
+        self.embedding = CodeEmbedding(codes, width, extra=1)
+        self.local = nn.Conv2d(width, width, 3, padding=1)
+        self.label = ConditionEmbedding(config.classes, width)
+        self.transformer = transformer.Transformer(width, config.depth, config.heads,
+                                                   dropout=config.dropout)
+        self.head = CodeEmbedding(codes, width, zero=True)  # first guess: uniform, loss log(K)
+        angles = transformer.grid_angles(self.grid, self.grid, head=width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
 
-    def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
-        return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
+    @staticmethod
+    def requires(config: Config) -> Requirement:
+        return Requirement("tokenizer", {"bottleneck": config.bottleneck, "size": config.size})
 
-    def words(self) -> tuple[Tensor, Tensor]:
-        """The tables of the words' vectors, going in and coming out: a sampler needs them only once."""
-        return self.embedding(), self.head()
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) -> their "tokens" (B, T); the labels stay."""
+        return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
 
-    def logits(self, tokens: Tensor, labels: Tensor, words: tuple[Tensor, Tensor] | None = None) -> Tensor:
-        """Tokens (B, T), some masked -> logits for every place (B, T, vocabulary)."""
-        vectors, head = words or self.words()
+    def logits(self, tokens: Tensor, labels: Tensor, tables: tuple | None = None) -> Tensor:
+        """Tokens (B, T), some of them `mask` -> logits of all positions (B, T, codebook_size)."""
+        vectors, head = tables or (self.embedding(), self.head())
         x = F.embedding(tokens, vectors)
         square = x.transpose(1, 2).unflatten(2, (self.grid, self.grid))  # (B, width, h, w)
         x = x + self.local(square).flatten(2).transpose(1, 2)
         return (self.transformer(x, self.angles, condition=self.label(labels)) @ head.mT).float()
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """batch: "tokens" (B, T), "labels" (B,). Cross-entropy on the masked tokens, in nats per token."""
+        """batch: "tokens" (B, T), "labels" (B,). Cross-entropy in nats per masked token."""
         tokens = batch["tokens"]
         labels = drop_labels(batch["labels"], self.config.classes, self.config.label_dropout)
-        share = torch.cos(math.pi / 2 * torch.rand(len(tokens), 1, device=tokens.device))
-        order = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)  # a random rank for each token
-        masked = order < (share * tokens.shape[1]).ceil().clamp(min=1)
+        fraction = torch.cos(math.pi / 2 * torch.rand(len(tokens), 1, device=tokens.device))
+        ranks = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)  # random
+        masked = ranks < (fraction * tokens.shape[1]).ceil().clamp(min=1)
         logits = self.logits(torch.where(masked, self.mask, tokens), labels)
-        each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), label_smoothing=self.config.smoothing, reduction="none")
+        each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none",
+                               label_smoothing=self.config.smoothing)
         return (each * masked.flatten()).sum() / masked.sum(), {"masked": masked.float().mean()}
 
     @torch.no_grad()
-    def reveal(self, labels: Tensor, steps: int, guidance: float, temperature: float, seed: int, order: str | None = None,
+    def reveal(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0,
+               temperature: float = 1.0, seed: int = 0, order: str | None = None,
                truth: Tensor | None = None) -> list[Tensor]:
-        """The tokens after every step, a list of (B, T) in which -1 means masked.
-
-        truth: tokens (B, T) to reveal instead of the network's draws: which ones it would choose first on real pictures.
-        """
-        order = order or self.config.order
+        """The tokens after every pass: a list of (B, T), -1 where masked. Settings: see `sample`.
+        truth: tokens (B, T) to keep instead of drawn ones: which of them come first?"""
+        count, order = self.grid**2, order or self.config.order
+        steps = min(12, count) if steps is None else steps
         if order not in ("confidence", "halton"):
             raise ValueError(f"order must be confidence or halton, got {order!r}")
-        count = self.grid**2
         if not 1 <= steps <= count:
-            raise ValueError(f"steps must be from 1 to the {count} tokens of a picture, got {steps}")
+            raise ValueError(f"steps must be from 1 to the {count} tokens of an image, got {steps}")
         generator = torch.Generator(labels.device).manual_seed(seed)
         tokens = torch.full((len(labels), count), -1, device=labels.device)
-        labels = with_and_without(labels, self.config.classes, guidance)
-        halton = halton_ranks(self.grid).to(labels.device)
-        words, history = self.words(), []
-        for step, known in enumerate(reveal_schedule(count, steps)):
+        labels = sampling.with_and_without(labels, self.config.classes, guidance)
+        halton = sampling.halton_ranks(self.grid).to(labels.device).float()
+        tables, history = (self.embedding(), self.head()), []  # tables: once for all passes
+        for step, known in enumerate(sampling.reveal_schedule(count, steps), start=1):
             inputs = torch.where(tokens < 0, self.mask, tokens)
-            logits = self.logits(inputs if guidance == 1 else torch.cat([inputs, inputs]), labels, words)
-            logits = apply_guidance(logits, guidance)
-            drawn = draw(logits, generator, temperature) if truth is None else truth
+            inputs = inputs if guidance == 1 else torch.cat([inputs, inputs])
+            logits = sampling.apply_guidance(self.logits(inputs, labels, tables), guidance)
+            drawn = sampling.draw(logits, generator, temperature) if truth is None else truth
             if order == "halton":
-                priority = -halton.float().expand(tokens.shape)
+                priority = -halton.expand(tokens.shape)
             else:
                 confidence = logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
-                uniform = torch.rand(confidence.shape, generator=generator, device=confidence.device).clamp(1e-9, 1 - 1e-7)
-                gumbel = -(-uniform.log()).log()
-                priority = confidence + self.config.gumbel * (1 - (step + 1) / steps) * gumbel
-            priority = priority.masked_fill(tokens >= 0, float("inf"))  # what is committed stays
-            chosen = priority.argsort(dim=1, descending=True)[:, :known]  # (B, known)
-            keep = torch.zeros_like(tokens, dtype=torch.bool).scatter(1, chosen, True)
-            tokens = torch.where(keep & (tokens < 0), drawn, tokens)
+                u = torch.rand(confidence.shape, generator=generator, device=labels.device)
+                gumbel = -(-u.clamp(1e-9, 1 - 1e-7).log()).log()
+                priority = confidence + self.config.gumbel * (1 - step / steps) * gumbel
+            priority = priority.masked_fill(tokens >= 0, float("inf"))  # what is known stays
+            best = priority.argsort(dim=1, descending=True)[:, :known]  # (B, known)
+            tokens = tokens.scatter(1, best, torch.where(tokens < 0, drawn, tokens).gather(1, best))
             history.append(tokens)
         return history
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0,
-               frames: bool = False, order: str | None = None):
-        """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also a list of the pictures on the way.
-
-        steps: passes of the network, 12 unless told; order: confidence or halton; others: `blocks/sampling.py`.
-        """
-        history = self.reveal(labels, steps or 12, guidance, temperature, seed, order)
-        images = self.tokenizer[0].decode(history[-1])
-        return (images, [show_partial(self.tokenizer[0], tokens) for tokens in history]) if frames else images
+    def sample(self, conditions: dict[str, Tensor], *, steps: int | None = None,
+               guidance: float = 1.0, temperature: float = 1.0, order: str | None = None,
+               seed: int = 0, frames: bool = False) -> dict:
+        """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
+        steps: passes, from 1 to the number of tokens; None: 12, or all tokens of a smaller grid.
+        order: confidence or halton. guidance, temperature: see blocks/sampling.py."""
+        history = self.reveal(conditions["labels"], steps, guidance, temperature, seed, order)
+        shown = [show_partial(self.tokenizer, tokens) for tokens in history[0 if frames else -1 :]]
+        return {"images": shown[-1]} | ({"frames": shown} if frames else {})
 
 
 Model = MaskGIT

@@ -1,33 +1,30 @@
-"""VAR: a picture as people paint it, the whole thing roughly and then finer, one scale after another.
+"""VAR: an image as people paint it, the whole thing roughly and then finer, scale by scale.
 
     scale 1x1     one token: about the mean colour
-    scale 2x2     four tokens, all in one pass, knowing the first
-    scale 4x4     16 tokens, all in one pass, knowing the five before
-    scale 8x8     64 tokens in three passes, knowing the 21 before: 16 of them, spread evenly; 16 more that know those;
-                  and the 32 between them. 6 passes for the whole picture
+    scale 2x2     4 tokens in one pass, given the first
+    scale 4x4     16 tokens in one pass, given the 5 before
+    scale 8x8     64 tokens in one pass (as published), given the 21 before
 
-It is a chain again, but its unit is a whole scale: "next scale" instead of "next token". A coarse scale never depends on a
-finer one, as in a picture. Two things are trained:
+One step of this autoregressive model is a whole scale: "next scale" instead of "next token". The
+tokenizer is `--bottleneck multiscale` (blocks/multiscale.py). The Transformer gets the features so
+far (the sum of what all earlier scales added), shrunk to the present scale, and gives a token for
+each cell. The mask is block-causal: a cell sees its own scale and all before. Guidance grows from
+scale to scale. FD-nano is explained in the README; lower is better.
 
-    the tokenizer     `--bottleneck multiscale` of tokenizer.py; its heart is blocks/multiscale.py
-    the Transformer   here. What goes in is the picture so far, the sum of what all passes before have added, at the places
-                      that are drawn now; what comes out, a token for each of them. A cell sees those of its own pass and
-                      of all earlier ones.
+    python -m nanogen train var --data cifar10      # 10 minutes on 2 CPU threads: FD-nano 14.5
 
-Tokens of one pass are drawn without knowing each other. The paper draws every scale in one pass, and for a large network a
-blurred picture may settle its details; for this one, 64 tokens at once are too many (FD-nano 23.6 instead of 15.3). HMAR found
-the same. And what they cannot ask each other, they can at least ask those before them: guidance leads away from a guess that
-knows neither the label nor the passes of its own scale (away from one that lacks the label alone: 17.3). So on CIFAR-10 six
-passes are as good as the 64 of token_ar; on drawn scenes they are not (TRIED.md).
+Ours, on top of the paper:
+    passes=(3,)       three passes for the last scale: 16, 16 and 32 tokens, spread evenly. Tokens
+                      of one pass do not see each other's choice: with 64 of them, they do not
+                      fit together. passes=(1,) is VAR as published.
+    hide_scale=True   the unconditional prediction of guidance sees neither the label nor the
+                      earlier passes of its own scale. hide_scale=False hides only the label.
 
-    python -m nanogen train var --data cifar10 --minutes 10      # trains the tokenizer first, if it is missing
-
-Sources: Tian et al. 2024, "Visual Autoregressive Modeling: Scalable Image Generation via Next-Scale Prediction"; Kumbong et
-al. 2025, "HMAR" (several passes within a scale; there under random masks, here in one fixed order); guidance that also hides
-what has been drawn: Song et al. 2025, "History-Guided Video Diffusion", and Liao et al. 2026, "Visual Prefix Guidance".
-Different from VAR: the class enters through AdaLN alone; positions are rotary, at the true place of each cell in the
-picture, so that a cell and the coarse cell over it are neighbours; a 3x3 convolution over each pass's input; and the
-scales double, which at equal bits keeps more of these small pictures than 1, 2, 3, 4, 6, 8 (TRIED.md).
+Sources: Tian et al. 2024, "Visual Autoregressive Modeling". For ours: Kumbong et al. 2025, "HMAR"
+(several passes for a scale; there with random masks); Song et al. 2025, "History-Guided Video
+Diffusion", Liao et al. 2026, "Visual Prefix Guidance" (guidance that hides what has been drawn).
+Different from VAR: class through AdaLN alone; rotary positions, where a cell truly is in the image;
+a 3x3 convolution over the input; scales double.
 """
 
 from dataclasses import dataclass
@@ -40,13 +37,15 @@ from nanogen.blocks.multiscale import shrink
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
 from nanogen.blocks.transformer import (
     Cache,
+    CodeEmbedding,
     ConditionEmbedding,
     Transformer,
-    WordVectors,
     drop_labels,
     grid_positions,
     rotary_angles,
 )
+from nanogen.image import check_transformer
+from nanogen.method import Method, Requirement, check
 
 
 @dataclass
@@ -55,150 +54,151 @@ class Config:
     depth: int = 6  # blocks
     heads: int = 3  # attention heads
     dropout: float = 0.0  # on every residual branch
-    label_dropout: float = 0.1  # share of training pictures whose label is hidden, for guidance
-    codes: int = 184  # vocabulary of the tokenizer: 85 tokens of 7.5 bits say as much as 64 of 10
-    passes: tuple[int, ...] = (3,)  # how many draw each of the tokenizer's last scales; 1 draws each of those before
-    size: int = 32  # side of the pictures in pixels
+    label_dropout: float = 0.1  # fraction of training images whose label is hidden, for guidance
+    codebook_size: int = 184  # 85 tokens x 7.5 bits = the 64 x 10 bits of the one-scale tokenizer
+    passes: tuple[int, ...] = (3,)  # for the last scale, or the last few; earlier scales take one
+    size: int = 32  # side of the images in pixels
     classes: int = 10  # number of labels
 
+    def __post_init__(self):
+        check_transformer(self)
+        check(self, passes=(min(self.passes, default=0) > 0, "numbers of at least 1"))
 
-def stands_on(config: Config) -> tuple[str, dict]:
-    """The chapter underneath, and what it must be: fields of its Config."""
-    return "tokenizer", {"bottleneck": "multiscale", "codes": config.codes}
 
+class VAR(Method):
+    """A Transformer over the scales of a frozen multi-scale tokenizer."""
 
-class VAR(nn.Module):
-    """A Transformer over scales. `tokenizer` is frozen, and no part of the saved weights."""
+    encodes = True
 
-    def __init__(self, config: Config, tokenizer: nn.Module):
+    def __init__(self, config: Config, base: nn.Module):
         super().__init__()
-        self.config = config
-        self.tokenizer = [tokenizer]  # in a list: not a sub-module
-        scales = tokenizer.quantizer.scales
-        self.scales, self.vocabulary = scales, tokenizer.vocabulary
-        steps, self.scale_of = plan(scales, config.passes)  # the step of each token; the scale of each step
-        self.label = ConditionEmbedding(config.classes, config.width)
-        self.embed = nn.Conv2d(tokenizer.config.code_dim, config.width, 3, padding=1)
-        self.step = nn.Embedding(len(self.scale_of), config.width)
-        self.transformer = Transformer(config.width, config.depth, config.heads, dropout=config.dropout)
-        self.head = WordVectors(tokenizer.codes(), config.width, zero=True)  # the first guess is uniform: loss = log(vocabulary)
-        places = torch.cat([(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales])
-        self.counts = steps.bincount().tolist()  # tokens of each step
-        self.ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()  # tokens up to the end of each scale
-        self.register_buffer("steps", steps, persistent=False)  # (T,) the step that draws each token
-        self.register_buffer("order", steps.argsort(stable=True), persistent=False)  # (T,) tokens, step by step
-        self.register_buffer("mask", steps[:, None] >= steps, persistent=False)  # (T, T): own step and earlier ones
-        scale = torch.tensor(self.scale_of)[steps]  # (T,)
-        alone = (steps[:, None] == steps) | (scale[:, None] > scale)
-        self.register_buffer("alone", alone, persistent=False)  # (T, T): own step and coarser scales; not its own scale so far
-        self.register_buffer("angles", rotary_angles(places, config.width // config.heads), persistent=False)
+        self.config, width, self.codebook_size = config, config.width, base.codebook_size
+        self.freeze(tokenizer=base)
+        self.scales = scales = base.quantizer.scales  # sides: 1, 2, 4, 8
+        pass_of, self.scale_of_pass = plan(scales, config.passes)
+        self.pass_sizes = pass_of.bincount().tolist()  # tokens of each pass
+        self.scale_ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()
+        self.label = ConditionEmbedding(config.classes, width)
+        self.embed = nn.Conv2d(base.config.code_dim, width, 3, padding=1)
+        self.pass_embedding = nn.Embedding(len(self.pass_sizes), width)
+        self.transformer = Transformer(width, config.depth, config.heads, dropout=config.dropout)
+        self.head = CodeEmbedding(base.code_vectors(), width, zero=True)  # vectors of the K codes
+        centres = [(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales]
+        order = pass_of.argsort(stable=True)  # (T,) tokens, pass by pass; below all in this order
+        angles = rotary_angles(torch.cat(centres)[order], width // config.heads)
+        i, k = pass_of[order], torch.tensor(self.scale_of_pass)[pass_of[order]]  # pass, scale (T,)
+        blind = (i[:, None] == i) | (k[:, None] > k)  # its own pass, coarser scales, nothing else
+        for name, buffer in {"angles": angles, "pass_of": pass_of, "order": order,
+                             "mask": i[:, None] >= i, "blind_mask": blind}.items():  # (T, T)
+            self.register_buffer(name, buffer, persistent=False)
 
-    def prepare(self, images: Tensor, labels: Tensor) -> dict[str, Tensor]:
-        """Encode a batch of pictures once, before training: (B, 3, H, W) -> what `loss` wants."""
-        return {"tokens": self.tokenizer[0].encode(images), "labels": labels}
+    @staticmethod
+    def requires(config: Config) -> Requirement:
+        return Requirement("tokenizer", {"bottleneck": "multiscale", "size": config.size,
+                                         "codebook_size": config.codebook_size})
 
-    def input(self, tokens: Tensor, step: int, alone: bool = False) -> Tensor:
-        """tokens (B, T), of which only those of earlier steps are looked at -> what a step starts from: (B, its tokens, width),
-        the picture so far at each of its cells. What is still to come in this scale counts as its mean. alone: as if the
-        step were the first of its scale."""
-        k = self.scale_of[step]
-        side, end, since = self.scales[k], self.ends[k], self.scale_of.index(k) if alone else step
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Images (B, 3, H, W) -> their "tokens" (B, T), coarse to fine; the labels stay."""
+        return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
+
+    def input(self, tokens: Tensor, i: int, blind: bool = False) -> Tensor:
+        """Input of pass i: (B, its tokens, width), from the features so far (B, code_dim, 8, 8).
+        tokens: (B, T). Those of pass i and later are not used: their cells get the mean of their
+        scale. So pass 0 sees only a mean: there is no start token. blind: see the mask above."""
+        scale = self.scale_of_pass[i]
+        side, end = self.scales[scale], self.scale_ends[scale]
+        cells = self.order.split(self.pass_sizes)[i] - (end - side**2)  # numbered in their scale
+        # With the mask, a blind later pass looks as the first pass does in training.
+        i = self.scale_of_pass.index(scale) if blind else i
         with torch.no_grad():
-            total = self.tokenizer[0].quantizer.sums(tokens[:, :end], self.steps[:end] < since)[-1]
-        cells = self.order.split(self.counts)[step] - (end - side**2)
-        return self.embed(shrink(total, side)).flatten(2).transpose(1, 2)[:, cells] + self.step.weight[since]
+            so_far = self.tokenizer.quantizer.sums(tokens[:, :end], self.pass_of[:end] < i)[-1]
+        x = self.embed(shrink(so_far, side)).flatten(2).transpose(1, 2)  # (B, side^2, width)
+        return x[:, cells] + self.pass_embedding.weight[i]
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """All tokens (B, T) at once -> logits of each, given those of the steps before its own: (B, T, vocabulary)."""
-        x = torch.cat([self.input(tokens, step) for step in range(len(self.counts))], dim=1)[:, self.order.argsort()]
+        """All tokens (B, T) -> logits of each, given the passes before its own: (B, T, K)."""
+        x = torch.cat([self.input(tokens, i) for i in range(len(self.pass_sizes))], dim=1)
         x = self.transformer(x, self.angles, mask=self.mask, condition=self.label(labels))
-        return (x @ self.head().mT).float()
+        return (x[:, self.order.argsort()] @ self.head().mT).float()  # pass order -> token order
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """batch: "tokens" (B, T), "labels" (B,). Cross-entropy in nats per token; chance is log(vocabulary)."""
+        """batch: "tokens" (B, T), "labels" (B,). Cross-entropy in nats per token."""
+        tokens = batch["tokens"]
         labels = drop_labels(batch["labels"], self.config.classes, self.config.label_dropout)
-        logits = self.logits(batch["tokens"], labels)
-        each = F.cross_entropy(logits.flatten(0, 1), batch["tokens"].flatten(), reduction="none").view_as(batch["tokens"])
-        by_scale = [part.detach().mean() for part in each.split([side**2 for side in self.scales], dim=1)]
-        return each.mean(), {f"loss_{side}x{side}": value for side, value in zip(self.scales, by_scale, strict=True)}
+        logits = self.logits(tokens, labels).flatten(0, 1)
+        each = F.cross_entropy(logits, tokens.flatten(), reduction="none").view_as(tokens)
+        parts = zip(self.scales, self.tokenizer.quantizer.split(each.detach()), strict=True)
+        return each.mean(), {f"loss_{side}x{side}": part.mean() for side, part in parts}
 
     @torch.no_grad()
-    def draw_tokens(self, labels: Tensor, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0, top_k: int = 0,
-                    top_p: float = 1.0, cached: bool = True, prefix: Tensor | None = None) -> Tensor:
-        """The tokens of pictures of these labels (B,): (B, T), drawn step by step.
-
-        Guidance leads away from a guess that knows neither the label nor what its own scale has drawn so far: label and
-        neighbours both count for more. It grows evenly over the scales, from none at the first to all of it at the last: the
-        coarse ones decide what is varied, the fine ones how clear it is. cached=False computes all earlier steps anew at
-        every step. prefix: tokens (B, n) of the first scales, whole ones, to be kept: only the finer scales are drawn.
-        """
+    def draw_tokens(self, labels: Tensor, guidance: float = 1.0, temperature: float = 1.0,
+                    seed: int = 0, top_k: int = 0, top_p: float = 1.0, hide_scale: bool = True,
+                    cached: bool = True, prefix: Tensor | None = None) -> Tensor:
+        """The tokens of images of these labels (B,): (B, T). Settings: see `sample`. prefix: tokens
+        (B, n) of the first scales, which stay; ValueError if the last of these is incomplete."""
+        count, finest, ends = len(labels), len(self.scales) - 1, self.scale_ends
+        prefix = labels.new_zeros(count, 0) if prefix is None else prefix
+        if (given := prefix.shape[1]) not in (0, *ends):
+            raise ValueError(f"prefix must be whole scales, {ends} tokens, got {given}")
         generator = torch.Generator(labels.device).manual_seed(seed)
-        count, given = len(labels), 0 if prefix is None else prefix.shape[1]
-        tokens = labels.new_zeros(count, len(self.steps))
-        if given:
-            tokens[:, :given] = prefix
-        modulation = self.transformer.modulate(self.label(with_and_without(labels, self.config.classes, guidance)))
-        head = self.head()  # both are the same for the whole chain
-        cache = Cache(self.transformer, len(modulation), len(self.steps), modulation.dtype) if cached else None
-        mask = self.mask if guidance == 1 else torch.stack([self.mask, self.alone]).repeat_interleave(count, 0)[:, None]
-        mask, angles = mask[..., self.order, :][..., self.order], self.angles[self.order]  # (T, T) or (2 B, 1, T, T), by step
-        inputs, end, finest = [], 0, len(self.scales) - 1
-        for step, cells in enumerate(self.order.split(self.counts)):
-            x = self.input(tokens, step)
-            inputs.append(x if guidance == 1 else torch.cat([x, self.input(tokens, step, alone=True)]))
-            end += len(cells)
-            start = end - len(cells) if cached else 0
-            x = inputs[-1] if cached else torch.cat(inputs, dim=1)
-            h = self.transformer(x, angles[start:end], mask[..., start:end, :end], modulation=modulation, cache=cache)
-            ramp = 1 + (guidance - 1) * self.scale_of[step] / finest if finest else guidance
-            logits = (h[:, -len(cells) :] @ head.mT).float()
-            logits = logits[:count] if ramp == 1 else apply_guidance(logits, ramp)
-            if cells[0] >= given:
-                tokens[:, cells] = draw(logits, generator, temperature, top_k, top_p)
+        tokens = F.pad(prefix, (0, len(self.pass_of) - given))
+        labels = with_and_without(labels, self.config.classes, guidance)
+        modulation, head = self.transformer.modulate(self.label(labels)), self.head()
+        cache = Cache(self.transformer, len(labels), len(self.pass_of), modulation.dtype)
+        mask, inputs, end = self.mask, [], 0
+        if guidance != 1 and hide_scale:  # (2 B, 1, T, T)
+            mask = torch.stack([mask, self.blind_mask]).repeat_interleave(count, 0)[:, None]
+        for i, positions in enumerate(self.order.split(self.pass_sizes)):
+            x, scale = self.input(tokens, i), self.scale_of_pass[i]
+            x = x if guidance == 1 else torch.cat([x, self.input(tokens, i, blind=hide_scale)])
+            inputs.append(x)
+            start, end = (end if cached else 0), end + len(positions)
+            x = x if cached else torch.cat(inputs, dim=1)
+            x = self.transformer(x, self.angles[start:end], mask[..., start:end, :end],
+                                 modulation=modulation, cache=cache if cached else None)
+            logits = (x[:, -len(positions) :] @ head.mT).float()
+            strength = 1 + (guidance - 1) * scale / finest if finest else guidance  # as VAR does
+            logits = logits[:count] if strength == 1 else apply_guidance(logits, strength)
+            if ends[scale] > given:  # given scales only fill the cache
+                tokens[:, positions] = draw(logits, generator, temperature, top_k, top_p)
         return tokens
 
-    @torch.no_grad()
-    def sample(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0, temperature: float = 1.0, seed: int = 0,
-               frames: bool = False, top_k: int = 0, top_p: float = 1.0, cached: bool = True):
-        """Pictures of these labels (B,): (B, 3, H, W) in [-1, 1]; with `frames`, also the pictures after each pass.
-
-        The number of steps was trained in: `steps` may only say the same. The others: `draw_tokens`, and `blocks/sampling.py`.
-        """
-        if steps not in (None, 0, len(self.counts)):
-            raise ValueError(f"var has learned its steps: steps must be {len(self.counts)}, got {steps}")
-        tokens = self.draw_tokens(labels, guidance, temperature, seed, top_k, top_p, cached)
-        images = self.tokenizer[0].decode(tokens)
-        if not frames:
-            return images
-        ends = [self.ends[k] for k in self.scale_of]
-        known = [self.steps[:end] <= step for step, end in enumerate(ends)]
-        return images, [self.tokenizer[0].decode(tokens[:, :end], known=here) for end, here in zip(ends, known, strict=True)]
+    def sample(self, conditions: dict[str, Tensor], *, guidance: float = 1.0,
+               temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, cached: bool = True,
+               hide_scale: bool = True, seed: int = 0, frames: bool = False) -> dict:
+        """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
+        hide_scale: see the top. cached=False computes the past anew. Others: blocks/sampling.py."""
+        settings = guidance, temperature, seed, top_k, top_p, hide_scale, cached
+        tokens, images = self.draw_tokens(conditions["labels"], *settings), []
+        for i in range(0 if frames else len(self.pass_sizes) - 1, len(self.pass_sizes)):
+            end = self.scale_ends[self.scale_of_pass[i]]
+            images.append(self.tokenizer.decode(tokens[:, :end], known=self.pass_of[:end] <= i))
+        return {"images": images[-1]} | ({"frames": images} if frames else {})
 
 
+# ---- Ours: several passes for a scale
 def plan(scales: tuple[int, ...], passes: tuple[int, ...]) -> tuple[Tensor, list[int]]:
-    """(T,) the step that draws each token, scale after scale, and the scale that each step belongs to.
-
-    passes: how many steps draw each of the last scales; 1 draws each of those before. ValueError where they do not fit.
-    """
-    if not 1 <= len(passes) <= len(scales) or min(passes) < 1:
-        raise ValueError(f"passes must be 1 to {len(scales)} numbers from 1 on, for the last scales, got {passes}")
+    """The pass that draws each token, (T,), scale after scale; and the scale of each pass.
+    passes: for the last scale, or the last few; earlier scales take one. ValueError if too many."""
+    if len(passes) > len(scales):
+        raise ValueError(f"passes must be for at most {len(scales)} scales, got {passes}")
     passes = (1,) * (len(scales) - len(passes)) + tuple(passes)
-    scale_of = [k for k, count in enumerate(passes) for _ in range(count)]
-    steps = torch.cat([scale_of.index(k) + doubling(side, passes[k]) for k, side in enumerate(scales)])
-    if len(steps.unique()) < len(scale_of):
+    scale_of_pass = [k for k, count in enumerate(passes) for _ in range(count)]
+    parts = [scale_of_pass.index(k) + spread(side, passes[k]) for k, side in enumerate(scales)]
+    if sum(len(part.unique()) for part in parts) < len(scale_of_pass):  # some pass draws no cell
         raise ValueError(f"passes {passes} are more than the cells of the scales {scales} allow")
-    return steps, scale_of
+    return torch.cat(parts), scale_of_pass
 
 
-def doubling(side: int, passes: int) -> Tensor:
-    """The pass in which each cell of a grid is drawn, (side^2,): spread evenly, and each pass doubles what is known.
-
-    Bayer 1973's order, in which dithering fills a square. The last half, for one, are the white cells of a chessboard.
-    """
+def spread(side: int, passes: int) -> Tensor:
+    """The pass that draws each cell of a grid, (side^2,). Each pass after the first doubles the
+    known cells, evenly, in Bayer's dithering order (1973): the last draws one chessboard colour."""
     ranks = torch.zeros(1, 1)
     while len(ranks) < side:
-        ranks = torch.cat([torch.cat([4 * ranks, 4 * ranks + 2], 1), torch.cat([4 * ranks + 3, 4 * ranks + 1], 1)])
+        top = torch.cat([4 * ranks, 4 * ranks + 2], 1)
+        ranks = torch.cat([top, torch.cat([4 * ranks + 3, 4 * ranks + 1], 1)])
     ranks = ranks[:side, :side].flatten().argsort().argsort()
+    # 3 passes of 8x8 draw 16, 16, 32 cells: floor(log2) is -1 for ranks 32 to 63, -2 for 16 to 31.
     return (passes + ((ranks + 0.5) / side**2).log2().floor()).clamp(min=0).long()
 
 
