@@ -1,32 +1,26 @@
-"""The codec: a sound becomes 62.5 frames a second, each a few words of 8 bits, and back.
+"""The codec: sound at 8 kHz as 62.5 frames a second of 8 codes of 8 bits each, and back to sound.
 
-    waveform 8,000/s --encoder--> 62.5 vectors/s --residual VQ--> 8 words each --> vectors --decoder--> waveform
+    waveform --encoder--> vectors (B, T / 128, 32) --residual VQ--> codes (B, T / 128, 8)
+    waveform <--decoder-- vectors <------------------------------------ codes
 
-    kbit/s = frames a second x books x log2(words) / 1000 = 0.5 a book, 4 for all eight; 8-bit samples need 64
+Each codebook codes what those before it left over (blocks/quantize.py). Half of the training sounds
+use a random number of codebooks, so one model serves all rates from 0.5 to 4 kbit/s. Convolutions
+are causal, so a long sound can be coded piece by piece.
 
-The first book says the rough shape of a frame, each later one what is still missing (blocks/quantize.py). In training every
-other sound is sent with a random number of books, so one model serves every rate. All convolutions are causal, so a sound of
-any length streams through in bounded memory.
+Five losses train it (see Config): commitment, and four on the decoded waveform, whose gradients
+differ a thousandfold in size. The balancer first brings each to the same size, so that the weights
+alone decide how much each loss counts. One scalar and one optimizer train codec and discriminator.
+First, autograd gives the gradient of each of the four losses on the decoded waveform (a detached
+copy); g is their balanced sum. The scalar is sum(decoded * g), with g constant, so its gradient on
+the decoded waveform is g; plus the commitment loss; plus the discriminator's own loss, which stops
+at the copy. Nor do the codec's losses reach the discriminator: only g leaves the balancer.
 
-    python -m nanogen train codec --data fsdd
+    python -m nanogen train codec --data fsdd      # spoken digits
 
-How to tell a decoder that it sounds wrong? Four losses on the waveform it gives, one at the encoder:
-    waveform     mean |difference|: gets the phase right where the rate allows it
-    spectral     difference of log-mel and plain spectra in windows of 8 to 128 ms: what the ear compares
-    adversarial  a discriminator that sees spectra finds it real; begins late, for early on anything tells them apart
-    matching     the discriminator's inner features of copy and original agree
-    commitment   the encoder's vectors stay near the words
-Their gradients differ a thousandfold and drift, so weights in front of them would mean little. The balancer brings each
-loss's gradient *on the waveform* to a known size: here weights are shares of what the decoder is told.
-
-One scalar and one optimizer train both players. The discriminator's own loss is an ordinary term of the scalar. Of the four
-others only the gradients on the waveform are taken, and g = their balanced sum enters as sum(decoded * g): its gradient on
-the waveform is exactly g, and the discriminator, which g only passed through, learns nothing from it.
-
-Sources: Zeghidour et al. 2021 (SoundStream: the network, RVQ, dropout of books); Défossez et al. 2022 (EnCodec: balancer, STFT
-discriminator); Kumar et al. 2023 (DAC: spectral loss on many scales); Défossez et al. 2024 (Moshi's Mimi: some sounds pass
-unquantized). Different here: no LSTM and no weight norm; every frame's vector is normalised before the quantizer; the
-discriminator hears every sound equally loud. Loudness itself is not normalised: the words carry it.
+Sources: Zeghidour et al. 2021, "SoundStream" (network, quantizer dropout); Défossez et al. 2022,
+"EnCodec" (balancer, discriminator); Kumar et al. 2023, "DAC" (spectral loss on many scales);
+Défossez et al. 2024, "Moshi" (some sounds are trained unquantized). Different here: no LSTM, no
+weight norm; each frame's vector is normalised; the discriminator hears all sounds at one loudness.
 """
 
 import math
@@ -39,173 +33,65 @@ from torch import Tensor, nn
 
 from nanogen.audio.spectral import RATE, spectrogram, stft, to_log_mel
 from nanogen.blocks.quantize import ResidualVQ
+from nanogen.method import Method, check, unused
+
+SPECTRAL_WINDOWS = (64, 128, 256, 512, 1024)  # samples; short windows have fewer mel bands
+DILATIONS = (1, 3)  # of the residual units of each level
+DISCRIMINATOR_WINDOWS = (128, 256, 512)  # samples: 16, 32 and 64 ms
+QUIET = 1e-4  # the spectral loss ignores magnitudes below this: 80 dB below full scale
+BALANCED = ("waveform", "spectral", "adversarial", "matching")  # losses of the decoded waveform
 
 
 @dataclass
 class Config:
-    widths: tuple[int, ...] = (8, 128, 256)  # channels: at the full rate, and after each stride
-    strides: tuple[int, ...] = (16, 8)  # how much shorter each level is; their product is the hop in samples
-    dilations: tuple[int, ...] = (1, 3)  # one residual unit each, at every level
-    dim: int = 32  # numbers per frame, before and after quantization
-    books: int = 8  # codebooks
-    words: int = 256  # entries per codebook
-    dropout: float = 0.5  # share of training sounds that are sent with fewer books
-    unquantized: float = 0.1  # share of training sounds that pass as vectors, for models of latents
-    commitment: float = 10.0  # weight of the quantizer's loss, beside a gradient of norm 1 on the waveform
-    waveform: float = 0.4  # share of the L1 loss in the gradient on the waveform
-    spectral: float = 4.0  # share of the spectral loss
-    adversarial: float = 0.3  # share of the adversarial loss; 0: no discriminator
-    matching: float = 0.6  # share of feature matching
-    adversary_after: int = 4000  # steps of training before the discriminator begins
+    widths: tuple[int, ...] = (8, 128, 256)  # channels at the full rate, and after each stride
+    strides: tuple[int, ...] = (16, 8)  # downsampling factors; their product is the hop, in samples
+    dim: int = 32  # channels of a frame's vector, before and after quantization
+    codebooks: int = 8  # number of codebooks
+    codebook_size: int = 256  # codes in each
+    dropout: float = 0.5  # of the quantizer: fraction of training sounds that use fewer codebooks
+    unquantized: float = 0.1  # fraction of training sounds that skip the quantizer
+    waveform: float = 0.4  # weight of the L1 distance of the samples: aligns the phase
+    spectral: float = 4.0  # of the distance of log-mel and plain spectra: close to hearing
+    adversarial: float = 0.3  # of the adversarial (hinge) loss; 0: no discriminator
+    matching: float = 0.6  # of the L1 distance of the discriminator's features
+    commitment: float = 10.0  # factor of its loss; the balanced gradient's norm is at most about 1
+    discriminator_start: int = 4000  # training step at which the discriminator begins
     discriminator_width: int = 16  # channels of its first layer
-    crop: int = 4096  # samples of each training row that one step hears
-    speed: float = 0.0  # other voices: a step plays its sounds up to this share faster or slower
-    colour: float = 0.0  # other microphones: strength of a random equaliser for each sound; 0.5: about 8 dB
+    crop: int = 4096  # samples of each training row that one step uses
+    speed: float = 0.0  # augmentation: up to this fraction faster or slower
+    equalizer: float = 0.0  # augmentation: strength of a random equalizer; 0.5: about 8 dB
 
-
-WINDOWS = (64, 128, 256, 512, 1024)  # samples: of the spectral loss
-DISCRIMINATOR_WINDOWS = (128, 256, 512)
-QUIET = 1e-4  # magnitude below which the spectral loss hears nothing: 80 dB below full scale
-
-
-class Codec(nn.Module):
-    """Encoder, residual quantizer, decoder, and for training a discriminator and the balancer."""
-
-    tape = True  # trains on all recordings end to end, in rows of 8,192 samples
-
-    def __init__(self, config: Config):
-        super().__init__()
-        if len(config.widths) != len(config.strides) + 1:
-            raise ValueError(f"widths must be one more than strides, got {config.widths} and {config.strides}")
-        self.config = config
-        self.hop, self.rate = math.prod(config.strides), RATE
-        self.frame_rate = self.rate / self.hop  # per second
-        self.books, self.vocabulary = config.books, config.words
-        self.encoder, self.decoder = Encoder(config), Decoder(config)
-        self.quantizer = ResidualVQ(config.dim, config.words, config.books, dropout=config.dropout)
-        weights = {name: getattr(config, name) for name in ("waveform", "spectral", "adversarial", "matching")}
-        self.balancer = Balancer(weights)
-        self.discriminator = Discriminator(config.discriminator_width) if config.adversarial else None
-        self.register_buffer("steps", torch.tensor(0))  # of training so far
-
-    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """batch: "waveforms" float32 (B, T). The scalar's *value* is the reconstruction loss; its gradient is all the rest."""
-        waveforms = self.crop(batch["waveforms"])
-        z = self.encoder(waveforms[..., None])
-        codes, _, commitment = self.quantizer(z)
-        if self.training:
-            as_it_is = torch.rand(len(z), device=z.device) < self.config.unquantized
-            codes = torch.where(as_it_is[:, None, None], z, codes)
-        decoded = self.decoder(codes)[..., 0]
-
-        heard = decoded.detach().requires_grad_(self.training)  # where the gradients are collected
-        losses = {"waveform": (heard - waveforms).abs().mean(), "spectral": spectral_loss(heard, waveforms)}
-        reconstruction, numbers = losses["waveform"] + losses["spectral"], losses | {"commitment": commitment}
-        if not self.training:
-            return reconstruction, numbers
-        scalar = self.config.commitment * commitment
-        if self.discriminator and self.steps >= self.config.adversary_after:
-            own, losses["adversarial"], losses["matching"] = self.discriminator.losses(heard, waveforms)
-            scalar = scalar + own
-            numbers |= losses | {"discriminator": own}
-        self.steps += 1
-        scalar = scalar + (decoded * self.balancer(losses, heard)).sum()
-        return reconstruction.detach() + (scalar - scalar.detach()), numbers
-
-    def crop(self, waveforms: Tensor) -> Tensor:
-        """The stretch that this step hears, (B, T) -> (B, crop) or shorter: anywhere in training, the first otherwise."""
-        size = length = min(self.config.crop, waveforms.shape[1])
-        if not self.training:
-            return waveforms[:, :size]
-        if self.config.speed:
-            length = min(int(size * (1 + self.config.speed * (2 * torch.rand(()).item() - 1))), waveforms.shape[1])
-        start = int(torch.randint(waveforms.shape[1] - length + 1, ()))
-        stretch = waveforms[:, start : start + length]
-        return by_strangers(stretch, size, self.config.colour) if self.config.speed or self.config.colour else stretch
-
-    @torch.no_grad()
-    def latents(self, waveforms: Tensor, memory: dict | None = None) -> Tensor:
-        """(B, T) -> vectors before quantization, float32 (B, ceil(T / hop), dim). The last frame is filled up with silence."""
-        if waveforms.dim() != 2 or waveforms.shape[1] == 0:
-            raise ValueError(f"waveforms must be (B, T) with at least one sample, got {tuple(waveforms.shape)}")
-        return self.encoder(F.pad(waveforms, (0, -waveforms.shape[1] % self.hop))[..., None], memory)
-
-    @torch.no_grad()
-    def decode_latents(self, z: Tensor, memory: dict | None = None) -> Tensor:
-        """Vectors (B, frames, dim), quantized or not -> waveforms (B, frames * hop) in [-1, 1]; memory: see CausalConv."""
-        return self.decoder(z, memory)[..., 0].clamp(-1, 1)
-
-    def encode(self, waveforms: Tensor, books: int | None = None) -> Tensor:
-        """(B, T) in [-1, 1] -> int64 (B, ceil(T / hop), books), the first so many books. ValueError for T = 0."""
-        return self.quantize(self.latents(waveforms), books)
-
-    def decode(self, indices: Tensor) -> Tensor:
-        """int64 (B, frames, d), d from 1 to books -> waveforms (B, frames * hop) in [-1, 1]. ValueError for other indices."""
-        return self.decode_latents(self.look_up(indices))
-
-    def stream_encode(self, chunks: Iterable[Tensor], books: int | None = None) -> Iterator[Tensor]:
-        """Waveforms in pieces (B, any length) -> indices in pieces (B, frames, books): together, what `encode` gives."""
-        memory, rest = {}, None
-        for chunk in chunks:
-            rest = chunk if rest is None else torch.cat([rest, chunk], dim=1)
-            whole = rest.shape[1] // self.hop * self.hop
-            if whole:
-                yield self.quantize(self.latents(rest[:, :whole], memory), books)
-                rest = rest[:, whole:].clone()  # not a view, which would keep all of it in memory
-        if rest is not None and rest.shape[1]:
-            yield self.quantize(self.latents(rest, memory), books)
-
-    def stream_decode(self, chunks: Iterable[Tensor]) -> Iterator[Tensor]:
-        """Indices in pieces (B, any number of frames, d) -> waveforms in pieces: together, what `decode` gives."""
-        memory = {}
-        for indices in chunks:
-            if indices.shape[1]:
-                yield self.decode_latents(self.look_up(indices), memory)
-
-    @torch.no_grad()
-    def quantize(self, z: Tensor, books: int | None) -> Tensor:
-        """Vectors (B, frames, dim) -> indices (B, frames, books). ValueError for more books than there are."""
-        books = self.books if books is None else books
-        if not 1 <= books <= self.books:
-            raise ValueError(f"books must be from 1 to {self.books}, got {books}")
-        return self.quantizer(z, depth=books).indices
-
-    @torch.no_grad()
-    def look_up(self, indices: Tensor) -> Tensor:
-        """Indices (B, frames, d) -> the vectors that they name, (B, frames, dim)."""
-        if indices.dim() != 3 or not indices.shape[1] or not 1 <= indices.shape[2] <= self.books:
-            raise ValueError(f"indices must be (B, 1 or more frames, 1 to {self.books} books), got {tuple(indices.shape)}")
-        if not (0 <= indices.min() and indices.max() < self.vocabulary):
-            raise ValueError(f"indices must be from 0 to {self.vocabulary - 1}, got {indices.min()} to {indices.max()}")
-        return self.quantizer.decode(indices.long())
-
-    def codes(self) -> list[Tensor]:
-        """The vectors behind the words of each book: `books` tensors (words, dim)."""
-        return [book.vectors for book in self.quantizer.books]
-
-    def kbps(self, books: int | None = None) -> float:
-        """Kilobits a second with so many books, all unless told."""
-        return self.frame_rate * (self.books if books is None else books) * math.log2(self.vocabulary) / 1000
-
-
-# ------------------------------------------------------------------------------------ encoder and decoder, on (B, T, channels)
+    def __post_init__(self):
+        hop, fits = max(math.prod(self.strides), 1), len(self.widths) == len(self.strides) + 1
+        sizes = "dim", "codebooks", "codebook_size", "discriminator_width"
+        weights = *BALANCED, "commitment", "discriminator_start", "equalizer"
+        check(self, strides=(min(self.strides, default=1) >= 1, "at least 1 each"),
+              widths=(fits and min(self.widths) > 1, "one more than strides, at least 2 each"),
+              crop=(self.crop > 0 and self.crop % hop == 0, f"a multiple of the hop, {hop}"),
+              dropout=(0 <= self.dropout <= 1, "from 0 to 1"),
+              unquantized=(0 <= self.unquantized <= 1, "from 0 to 1"),
+              speed=(0 <= self.speed < 1, "from 0 to below 1"),
+              **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
+              **{name: (getattr(self, name) >= 0, "at least 0") for name in weights})
+        if not self.adversarial:
+            unused(self, "matching", "discriminator_start", "discriminator_width",
+                   when="without a discriminator (adversarial = 0)")
 
 
 class CausalConv(nn.Module):
-    """ELU (unless told), then a convolution of what was and is, never of what comes: (B, T, inputs) -> (B, T', outputs).
+    """ELU, then a convolution over present and past: (B, T, inputs) -> (B, T / stride, outputs), or
+    T * upsample: each step gives that many in a row. memory: layers' last inputs, for pieces."""
 
-    stride: T' = T / stride, and output i has seen the inputs up to its end, (i + 1) * stride. upsample: T' = T * upsample; each
-    input gives the outputs of its own time, together with kernel - 1 inputs before: a transposed convolution, written the other
-    way round. memory: holds for each layer the end of the input that it had last; a sound may then come piece by piece.
-    """
-
-    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1, upsample: int = 1,
-                 activate: bool = True):
+    def __init__(self, inputs: int, outputs: int, kernel: int, stride: int = 1, dilation: int = 1,
+                 upsample: int = 1, activate: bool = True):
         super().__init__()
-        self.outputs, self.activate, self.past = outputs, activate, (kernel - 1) * dilation + 1 - stride
-        # As a picture one pixel high: PyTorch convolves channels-last pictures on a CPU nearly twice as fast as sequences.
-        self.conv = nn.Conv2d(inputs, outputs * upsample, (1, kernel), (1, stride), dilation=(1, dilation))
-        nn.init.normal_(self.conv.weight, std=(inputs * kernel) ** -0.5)  # keeps the size of what passes
+        self.outputs, self.activate = outputs, activate
+        self.past = (kernel - 1) * dilation + 1 - stride  # output j sees inputs < (j + 1) * stride
+        # 2-D with height 1: PyTorch convolves channels-last images on a CPU nearly twice as fast.
+        size, stride, dilation = (1, kernel), (1, stride), (1, dilation)
+        self.conv = nn.Conv2d(inputs, outputs * upsample, size, stride, dilation=dilation)
+        nn.init.normal_(self.conv.weight, std=(inputs * kernel) ** -0.5)  # keeps the variance
         nn.init.zeros_(self.conv.bias)
 
     def forward(self, x: Tensor, memory: dict | None = None) -> Tensor:
@@ -223,29 +109,28 @@ class ResidualUnit(nn.Module):
 
     def __init__(self, width: int, dilation: int):
         super().__init__()
-        self.dilated, self.mix = CausalConv(width, width // 2, 3, dilation=dilation), CausalConv(width // 2, width, 1)
+        self.dilated = CausalConv(width, width // 2, 3, dilation=dilation)
+        self.mix = CausalConv(width // 2, width, 1)
 
     def forward(self, x: Tensor, memory: dict | None = None) -> Tensor:
         return x + self.mix(self.dilated(x, memory), memory)
 
 
 class Encoder(nn.Module):
-    """Samples (B, T, 1) -> vectors (B, T / hop, dim), float32, each of mean 0 and size sqrt(dim): an encoder cannot flee
-    from its codebook by growing."""
+    """Samples (B, T, 1) -> vectors (B, T / hop, dim), float32, of mean 0 and norm sqrt(dim)."""
 
     def __init__(self, config: Config):
         super().__init__()
-        widths, self.dim = config.widths, config.dim
-        layers = [CausalConv(1, widths[0], 7, activate=False)]
+        widths, layers = config.widths, [CausalConv(1, config.widths[0], 7, activate=False)]
         for i, stride in enumerate(config.strides):
-            layers += [ResidualUnit(widths[i], dilation) for dilation in config.dilations]
+            layers += [ResidualUnit(widths[i], dilation) for dilation in DILATIONS]
             layers += [CausalConv(widths[i], widths[i + 1], 2 * stride, stride)]
         self.layers = nn.ModuleList([*layers, CausalConv(widths[-1], config.dim, 7)])
 
     def forward(self, x: Tensor, memory: dict | None = None) -> Tensor:
         for layer in self.layers:
             x = layer(x, memory)
-        return F.layer_norm(x.float(), (self.dim,))
+        return F.layer_norm(x.float(), x.shape[-1:])
 
 
 class Decoder(nn.Module):
@@ -253,114 +138,203 @@ class Decoder(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        widths = config.widths
-        layers = [CausalConv(config.dim, widths[-1], 7, activate=False)]
+        layers = [CausalConv(config.dim, config.widths[-1], 7, activate=False)]
         for i, stride in reversed(list(enumerate(config.strides))):
-            layers += [CausalConv(widths[i + 1], widths[i], 2, upsample=stride)]
-            layers += [ResidualUnit(widths[i], dilation) for dilation in config.dilations]
-        self.layers = nn.ModuleList([*layers, CausalConv(widths[0], 1, 7)])
-        self.layers[-1].conv.adamw = True
-        self.layers[-1].conv.weight.data.mul_(0.1)  # speech is about so loud; ten times louder is a long way back
+            layers += [CausalConv(config.widths[i + 1], config.widths[i], 2, upsample=stride)]
+            layers += [ResidualUnit(config.widths[i], dilation) for dilation in DILATIONS]
+        self.layers = nn.ModuleList([*layers, CausalConv(config.widths[0], 1, 7)])
+        self.layers[-1].conv.adamw = True  # trained by AdamW, not Muon
+        self.layers[-1].conv.weight.data.mul_(0.1)  # to start about as loud as speech
 
     def forward(self, z: Tensor, memory: dict | None = None) -> Tensor:
         *body, last = self.layers
         for layer in body:
             z = layer(z, memory)
-        with torch.autocast(z.device.type, enabled=False):  # a sample of 8 bits hisses
+        with torch.autocast(z.device.type, enabled=False):  # bfloat16 rounding is heard as noise
             return last(z.float(), memory)
 
 
-# ------------------------------------------------------------------------------------ losses
-
-
-def by_strangers(waveforms: Tensor, size: int, colour: float) -> Tensor:
-    """The same words from other mouths into other microphones: waveforms (B, T), played so fast that they take `size` samples,
-    which moves pitch and formants, each through its own equaliser. Both are done on the spectrum of the whole stretch."""
-    spectrum = torch.fft.rfft(waveforms)
-    waves = torch.cos(math.pi * torch.arange(5)[:, None] * torch.linspace(0, 1, spectrum.shape[1]))  # 0 to 2 bumps over the band
-    gain = (colour * torch.randn(len(waveforms), 5) @ waves).exp().to(waveforms.device)
-    return torch.fft.irfft(spectrum * gain, n=size) * (size / waveforms.shape[1])  # more bins than before are 0, fewer are cut
-
-
 def spectral_loss(decoded: Tensor, waveforms: Tensor) -> Tensor:
-    """Difference of two sounds (B, T) in spectra of five window lengths, mean over them: |log-mel difference|, the same for loud
-    and soft, and |magnitude difference| as a share of all magnitude, which the loud parts decide. A scalar."""
+    """Sounds (B, T) -> a scalar: the mean |log-mel difference|, which weighs quiet and loud parts
+    alike, plus the sum of |magnitude difference| over that of magnitudes: loud parts weigh more."""
     loss = 0
-    for n_fft in WINDOWS:
-        copy, original = spectrogram(decoded, n_fft), spectrogram(waveforms, n_fft)
-        log_copy, log_original = (to_log_mel(x, min(n_fft // 8, 64), QUIET) for x in (copy, original))
-        loss = loss + (log_copy - log_original).abs().mean() + (copy - original).abs().sum() / (original.sum() + QUIET)
-    return loss / len(WINDOWS)
+    for n_fft in SPECTRAL_WINDOWS:
+        fake, real = spectrogram(decoded, n_fft), spectrogram(waveforms, n_fft)
+        log_fake, log_real = (to_log_mel(x, min(n_fft // 8, 64), QUIET) for x in (fake, real))
+        relative = (fake - real).abs().sum() / (real.sum() + QUIET)
+        loss = loss + (log_fake - log_real).abs().mean() + relative
+    return loss / len(SPECTRAL_WINDOWS)
 
 
 class Balancer(nn.Module):
-    """Losses of a waveform -> one gradient on it, in which loss i has the share weights[i] / sum, whatever the loss's scale.
-
-    Each gradient is divided by the running mean of its norm, so that a loss which is small *for now* stays small.
-    """
+    """Losses -> weighted mean of their gradients, each divided by the running mean of its norm."""
 
     def __init__(self, weights: dict[str, float], decay: float = 0.99):
         super().__init__()
         self.weights, self.decay = weights, decay
-        self.register_buffer("norms", torch.zeros(len(weights)))  # decayed sums of the norms, and of 1 for each step:
-        self.register_buffer("counts", torch.zeros(len(weights)))  # their ratio is a mean that knows no start from 0
+        self.register_buffer("norms", torch.zeros(len(weights)))  # decayed sum of the norms
+        self.register_buffer("counts", torch.zeros(len(weights)))  # of ones; norms / counts: mean
 
     def forward(self, losses: dict[str, Tensor], waveforms: Tensor) -> Tensor:
-        """losses: name -> scalar, some or all of those with a weight; waveforms (B, T), a leaf that they came from.
-        Returns the gradient (B, T), of norm about 1."""
-        total, whole = torch.zeros_like(waveforms), sum(self.weights[name] for name in losses)
+        """Losses, some or all, of `waveforms` (B, T), a leaf -> their balanced gradient on it."""
+        total, weight_sum = torch.zeros_like(waveforms), sum(self.weights[name] for name in losses)
         for i, (name, weight) in enumerate(self.weights.items()):
             if name in losses and weight > 0:
                 gradient = torch.autograd.grad(losses[name], waveforms, retain_graph=True)[0]
                 self.norms[i] = self.decay * self.norms[i] + gradient.norm()
                 self.counts[i] = self.decay * self.counts[i] + 1
-                total += weight / whole * gradient / (self.norms[i] / self.counts[i] + 1e-12)
+                total += weight / weight_sum * gradient / (self.norms[i] / self.counts[i] + 1e-12)
         return total
 
 
 class Discriminator(nn.Module):
-    """Three small networks that look at the complex spectrum in windows of 16, 32 and 64 ms: where is this not a recording?"""
+    """A small network on the complex spectrum for each of three window lengths (EnCodec)."""
 
     def __init__(self, width: int):
         super().__init__()
-        self.networks = nn.ModuleList(self.network(width) for _ in DISCRIMINATOR_WINDOWS)
-
-    @staticmethod
-    def network(width: int) -> nn.ModuleList:
-        """Convolutions over (time, frequency) that leave a 16th of the frequencies; the last gives a score for each place."""
-        layers = nn.ModuleList([
+        self.networks = nn.ModuleList(nn.ModuleList([  # over (time, frequency)
             nn.Conv2d(2, width, (3, 9), (1, 4), (1, 4)),
             nn.Conv2d(width, 2 * width, (3, 5), (1, 2), (1, 2)),
             nn.Conv2d(2 * width, 2 * width, (3, 5), (1, 2), (2, 2), dilation=(2, 1)),
             nn.Conv2d(2 * width, 1, (3, 3), padding=(1, 1)),
-        ])
-        for layer in layers:
-            layer.adamw = True  # where the hinge loss has next to no gradient left, Muon would still take whole steps
-        return layers
+        ]) for _ in DISCRIMINATOR_WINDOWS)
+        for layer in self.networks.modules():
+            layer.adamw = True  # Muon's steps have full size even where the gradient is about 0
 
-    def forward(self, waveforms: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """(B, T) -> scores, one map for each window, and all features on the way there."""
-        scores, features = [], []
-        for n_fft, layers in zip(DISCRIMINATOR_WINDOWS, self.networks, strict=True):
-            x = torch.view_as_real(stft(waveforms, n_fft).transpose(1, 2))  # (B, frames, n_fft/2 + 1, 2)
-            x = x.permute(0, 3, 1, 2) * n_fft**0.5  # real and imaginary part as channels; noise of size 1 stays about that
-            for layer in layers[:-1]:
-                x = F.leaky_relu(layer(x), 0.2)
-                features.append(x)
-            scores.append(layers[-1](x).float())
-        return scores, features
+    def forward(self, decoded: Tensor, waveforms: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Sounds (B, T) -> its own hinge loss, the codec's adversarial loss, feature matching."""
+        loudness = waveforms.square().mean(1, keepdim=True).sqrt() + 1e-3
+        hinge = adversarial = matching = 0
+        for n_fft, (*layers, last) in zip(DISCRIMINATOR_WINDOWS, self.networks, strict=True):
+            spectra = [stft(sound / loudness, n_fft) for sound in (waveforms, decoded)]
+            # real and imaginary part as channels: (B, 2, frames, frequencies); n_fft**0.5 for std 1
+            real_fake = [torch.view_as_real(x).permute(0, 3, 2, 1) * n_fft**0.5 for x in spectra]
+            for layer in layers:
+                real_fake = [F.leaky_relu(layer(x), 0.2) for x in real_fake]
+                real, fake = real_fake[0].detach().float(), real_fake[1].float()
+                distance = (fake - real).abs().mean() / (real.abs().mean() + 1e-3)  # relative L1
+                matching = matching + distance / len(layers)
+            real, fake = (last(x).float() for x in real_fake)  # scores
+            hinge = hinge + F.relu(1 - real).mean() + F.relu(1 + fake).mean()
+            adversarial = adversarial - fake.mean()
+        return tuple(loss / len(self.networks) for loss in (hinge, adversarial, matching))
 
-    def losses(self, copy: Tensor, original: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """(its own hinge loss, the adversarial loss of whoever made the copy, feature matching), on (B, T) each: scalars."""
-        loudness = original.square().mean(1, keepdim=True).sqrt() + 1e-3
-        real_scores, real_features = self(original / loudness)
-        fake_scores, fake_features = self(copy / loudness)
-        count = len(real_scores)
-        own = sum(F.relu(1 - r).mean() + F.relu(1 + f).mean() for r, f in zip(real_scores, fake_scores, strict=True)) / count
-        adversarial = -sum(f.mean() for f in fake_scores) / count
-        pairs = [(r.detach().float(), f.float()) for r, f in zip(real_features, fake_features, strict=True)]
-        matching = sum((f - r).abs().mean() / (r.abs().mean() + 1e-3) for r, f in pairs) / len(pairs)
-        return own, adversarial, matching
+
+class Codec(Method):
+    """Encoder, residual quantizer and decoder; balancer and discriminator for training."""
+
+    kind, data, output = "tokenizer", "sounds", "waveforms"
+    conditions, concatenated = {}, True
+
+    def __init__(self, config: Config, base: None = None):
+        super().__init__()
+        self.config, self.hop = config, math.prod(config.strides)
+        self.frame_rate = RATE / self.hop  # frames a second
+        self.codebooks, self.codebook_size = config.codebooks, config.codebook_size
+        self.encoder, self.decoder = Encoder(config), Decoder(config)
+        self.quantizer = ResidualVQ(config.dim, config.codebook_size, config.codebooks,
+                                    dropout=config.dropout)
+        self.balancer = Balancer({name: getattr(config, name) for name in BALANCED})
+        network = Discriminator(config.discriminator_width) if config.adversarial else None
+        self.discriminator = network
+        self.register_buffer("steps", torch.tensor(0))  # of training so far
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """"waveforms" (B, T) -> a scalar with the value of waveform + spectral loss, but the
+        gradient of all losses of the codec and of the discriminator's."""
+        waveforms = self.crop(batch["waveforms"])
+        z = self.encoder(waveforms[..., None])
+        quantized, _, commitment = self.quantizer(z)
+        if self.training:
+            skip = torch.rand(len(z), 1, 1, device=z.device) < self.config.unquantized
+            quantized = torch.where(skip, z, quantized)
+        decoded = self.decoder(quantized)[..., 0]
+        copy = decoded.detach().requires_grad_(self.training)
+        l1, spectral = (copy - waveforms).abs().mean(), spectral_loss(copy, waveforms)
+        losses = {"waveform": l1, "spectral": spectral}
+        metrics = losses | {"commitment": commitment}
+        if not self.training:
+            return l1 + spectral, metrics
+        scalar = self.config.commitment * commitment
+        if self.discriminator and self.steps >= self.config.discriminator_start:
+            hinge, losses["adversarial"], losses["matching"] = self.discriminator(copy, waveforms)
+            metrics |= losses | {"discriminator": hinge}
+            scalar = scalar + hinge
+        self.steps += 1
+        scalar = scalar + (decoded * self.balancer(losses, copy)).sum()
+        return (l1 + spectral).detach() + (scalar - scalar.detach()), metrics  # value + gradient
+
+    def crop(self, waveforms: Tensor) -> Tensor:
+        """(B, T) -> (B, min(crop, T)): in training a random part, augmented; else the beginning."""
+        speed, equalizer, total = self.config.speed, self.config.equalizer, waveforms.shape[1]
+        size = length = min(self.config.crop, total)
+        if not self.training:
+            return waveforms[:, :size]
+        if speed:
+            length = min(int(size * (1 + speed * (2 * torch.rand(()).item() - 1))), total)
+        part = waveforms.narrow(1, int(torch.randint(total - length + 1, ())), length)
+        return augment(part, size, equalizer) if speed or equalizer else part
+
+    @torch.no_grad()
+    def latents(self, waveforms: Tensor, memory: dict | None = None) -> Tensor:
+        """(B, T) in [-1, 1] -> vectors before quantization, float32 (B, ceil(T / hop), dim)."""
+        if waveforms.dim() != 2 or waveforms.shape[1] == 0:
+            raise ValueError(f"waveforms must be (B, T) with T > 0, got {tuple(waveforms.shape)}")
+        missing = -waveforms.shape[1] % self.hop  # zeros that fill up the last frame
+        return self.encoder(F.pad(waveforms, (0, missing))[..., None], memory)
+
+    @torch.no_grad()
+    def decode_latents(self, z: Tensor, memory: dict | None = None) -> Tensor:
+        """Vectors (B, frames, dim), quantized or not -> waveforms (B, frames * hop) in [-1, 1]."""
+        return self.decoder(z, memory)[..., 0].clamp(-1, 1)
+
+    def encode(self, waveforms: Tensor, codebooks: int | None = None, memory=None) -> Tensor:
+        """(B, T) -> codes int64 (B, ceil(T / hop), codebooks): of the first ones, or of all."""
+        return self.quantizer(self.latents(waveforms, memory), depth=codebooks).indices
+
+    def decode(self, codes: Tensor, memory=None) -> Tensor:
+        """Codes int64 (B, frames, 1 to codebooks) -> waveforms (B, frames * hop) in [-1, 1]."""
+        fits = codes.dim() == 3 and codes.shape[1] and 1 <= codes.shape[2] <= self.codebooks
+        if not fits or codes.min() < 0 or codes.max() >= self.codebook_size:
+            raise ValueError(f"codes must be (B, frames, 1 to {self.codebooks} codebooks) "
+                             f"and from 0 to {self.codebook_size - 1}, got {tuple(codes.shape)}")
+        return self.decode_latents(self.quantizer.decode(codes), memory)
+
+    def stream_encode(self, pieces: Iterable[Tensor], codebooks=None) -> Iterator[Tensor]:
+        """Waveforms in pieces (B, any length) -> codes in pieces; joined, they equal `encode`."""
+        memory, rest = {}, None
+        for piece in pieces:
+            rest = piece if rest is None else torch.cat([rest, piece], dim=1)
+            complete = rest.shape[1] // self.hop * self.hop
+            if complete:
+                yield self.encode(rest[:, :complete], codebooks, memory)
+                rest = rest[:, complete:].clone()  # a view would keep all of it in memory
+        if rest is not None and rest.shape[1]:
+            yield self.encode(rest, codebooks, memory)
+
+    def stream_decode(self, pieces: Iterable[Tensor]) -> Iterator[Tensor]:
+        """Codes in pieces (B, any number of frames, d) -> waveforms in pieces, as of `decode`."""
+        memory = {}
+        yield from (self.decode(codes, memory) for codes in pieces if codes.shape[1])
+
+    def code_vectors(self) -> list[Tensor]:
+        """The vectors of the codes: for each codebook (codebook_size, dim)."""
+        return [codebook.vectors for codebook in self.quantizer.codebooks]
+
+    def kbps(self, codebooks: int | None = None) -> float:
+        """Bit rate in kbit/s with this number of codebooks, or with all."""
+        return self.frame_rate * math.log2(self.codebook_size) * (codebooks or self.codebooks) / 1e3
+
+
+# ---- ours: augmentation for unseen speakers
+def augment(waveforms: Tensor, size: int, equalizer: float) -> Tensor:
+    """(B, T) -> (B, size): faster or slower, which changes the voice (irfft of another length
+    resamples; it divides by n), then a random smooth equalizer for each row: another microphone."""
+    spectrum = torch.fft.rfft(waveforms)
+    ramp = torch.linspace(0, 1, spectrum.shape[1])  # from 0 Hz to the highest frequency
+    cosines = torch.cos(math.pi * torch.arange(5)[:, None] * ramp)  # (5, frequencies)
+    gain = (equalizer * torch.randn(len(waveforms), 5) @ cosines).exp().to(waveforms.device)
+    return torch.fft.irfft(spectrum * gain, n=size) * (size / waveforms.shape[1])
 
 
 Model = Codec
