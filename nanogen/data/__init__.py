@@ -1,1 +1,1 @@
-"""Pictures and sounds to learn from: two real data sets, two made by code, and folders of one's own."""
+"""Images and sounds to learn from: downloaded, made by code, or from folders of one's own."""

@@ -1,66 +1,87 @@
-"""The data, behind one function: load("cifar10"), load("fsdd"), load("scenes"), load("voices"), load("a/folder").
+"""The data sets: load("cifar10"), load("fsdd"), load("scenes"), load("voices"), load("a/folder").
 
-All of it is small: a data set is a few arrays in memory, not a stream. A chapter puts them on its device once and draws
-batches by indexing. Pictures are uint8 (N, H, W, 3), sounds a list of float32 (T,) in [-1, 1].
+All of them are small: a few arrays in memory, from which a training draws batches by indexing.
 
     cifar10    60,000 photographs of 10 classes, 32x32; downloaded once (Krizhevsky 2009)
     fsdd       3,000 spoken digits by 6 speakers, 8 kHz; downloaded once (Free Spoken Digit Dataset)
-    scenes     55,000 drawings with the truth about each; made here, by `scenes.py`, from a seed
-    voices     8,800 spoken digits, 3 languages, 240 voices, with their truth; made here, by `voices.py`, from a seed
-    a folder   pictures or sounds of one's own, one sub-folder per class
+    scenes     55,000 drawings with captions and the truth about them; made by scenes.py from a seed
+    voices     8,800 spoken digits in 3 languages by 240 voices; made by voices.py from a seed
+    a folder   images or sounds of one's own, one sub-folder for each class
 
-"fsdd-without-jackson" has one speaker in its test only: does what was learned from five serve a sixth? The named ones are
-kept as <name>.npz in $NANOGEN_DATA, else in `data/`, whose README has hosts and licences.
+"fsdd-without-jackson" has the speaker jackson in its test part alone: an unseen speaker.
+Named data sets are kept as <name>.npz in `data_folder()`. data/README.md has hosts and licences.
 """
 
-import dataclasses
-import hashlib
+import ast
 import os
-import stat
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 
 from nanogen import UserError
 from nanogen.data import drawing, phonemes, scenes, voices
-from nanogen.data.download import SOURCES, download, write_npz
-from nanogen.data.folders import SAMPLE_RATE, read_folder, reason
+from nanogen.data.sources import SAMPLE_RATE, SOURCES, download, read_folder
+from nanogen.files import explained, fingerprint, make_folder, read_npz, write_atomically
 
+MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
+KINDS = {"cifar10": "images", "scenes": "images", "fsdd": "sounds", "voices": "sounds"}
 WITHOUT = "-without-"  # fsdd-without-jackson
-REPOSITORY_DATA = Path(__file__).resolve().parents[2] / "data"
+REPOSITORY = Path(__file__).resolve().parents[2]
 
 
-@dataclass
-class Images:
-    """Labelled pictures, in a training and a test part."""
+@dataclass(eq=False)
+class Dataset:
+    """Examples to learn from (`train`) and to measure on (`test`), as columns of one length N.
 
-    name: str
-    train_images: np.ndarray  # uint8 (N, H, W, 3)
-    train_labels: np.ndarray  # int64 (N,), an index into class_names
-    test_images: np.ndarray
-    test_labels: np.ndarray
-    class_names: list[str]
-    truth: dict[str, np.ndarray] = field(default_factory=dict)  # scenes: "train_background", "test_mask", ...
+    images     uint8 (N, H, W, 3)           labels    int64 (N,), a class: an index into its names
+    waveforms  N float32 (T,) in [-1, 1]    speakers  int64 (N,), a voice: an index into its names
+    videos     uint8 (N, T, H, W, 3)        prompts   N texts (scenes: captions)
 
+    All further columns are the truth about data made by code: "background", "mask", "voice", ..."""
 
-@dataclass
-class Sounds:
-    """Labelled recordings, in a training and a test part."""
+    name: str  # "cifar10", or the last part of a folder's path
+    origin: str  # what `load` takes to load it again: a name, or the folder's whole path
+    kind: str  # "images", "sounds" or "videos"
+    train: dict
+    test: dict
+    names: dict[str, list[str]]  # what the integers of a column mean: {"labels": ["dog", ...], ...}
+    count: int | None = None  # loaded with this count; None: all
+    sample_rate: int = SAMPLE_RATE  # of sounds, in samples a second
 
-    name: str
-    train_waveforms: list[np.ndarray]  # N clips, each float32 (T,) in [-1, 1]
-    train_labels: np.ndarray  # int64 (N,), an index into class_names; for fsdd the digit
-    train_speakers: np.ndarray  # int64 (N,), an index into speaker_names
-    test_waveforms: list[np.ndarray]
-    test_labels: np.ndarray
-    test_speakers: np.ndarray
-    class_names: list[str]
-    speaker_names: list[str]
-    sample_rate: int = SAMPLE_RATE
-    truth: dict[str, np.ndarray] = field(default_factory=dict)  # voices: "train_language", "test_voice", ...
+    def __len__(self) -> int:
+        """The number of training examples."""
+        return len(self.train[self.main])
+
+    @property
+    def main(self) -> str:
+        """The name of the main column: "images", "waveforms" or "videos"."""
+        return MAIN[self.kind]
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """16 digits that identify the content, labels, speakers and their names."""
+        parts = [self.names.get(column) for column in ("labels", "speakers")]
+        for part in (self.train, self.test):
+            for column in (self.main, "labels", "speakers"):
+                values = part.get(column, ())
+                parts += [column, *([values] if isinstance(values, np.ndarray) else values)]
+        return fingerprint(*parts)
+
+    def describe(self) -> dict:
+        """What a run stores about its data."""
+        return {"name": self.name, "origin": self.origin, "kind": self.kind, "count": self.count,
+                "fingerprint": self.fingerprint}
+
+    def classes(self, column: str) -> int:
+        """How many classes of "labels" or "speakers" there are to learn from. Speakers of the
+        test part alone have the last numbers (voices) or one between the others
+        (fsdd-without-jackson), so the largest number in the training part decides."""
+        numbers = self.train[column]
+        return int(numbers.max()) + 1 if column == "speakers" else len(self.names[column])
 
 
 def whole(name: str) -> str:
@@ -69,207 +90,202 @@ def whole(name: str) -> str:
     return first if first in SOURCES else str(name)
 
 
-def kind_of(name: str) -> type | None:
-    """Images or Sounds, if the name alone says so: a folder of one's own must be read first."""
-    return {"cifar10": Images, "scenes": Images, "fsdd": Sounds, "voices": Sounds}.get(whole(name))
+def kind_of(name: str) -> str | None:
+    """The kind of a named data set. None for a folder: it must be read first."""
+    return KINDS.get(whole(name))
 
 
 def resolved(name: str | Path) -> str:
-    """One spelling of the same data: pets/, ./pets and ~/pets become the folder's whole path; the names above stay."""
+    """One spelling of the same data: pets/, ./pets and ~/pets become the folder's whole path."""
     own = Path(name).expanduser()
     return str(own.resolve()) if kind_of(str(name)) is None and own.is_dir() else str(name)
 
 
-def data_folder() -> Path:
-    """Where data is kept: $NANOGEN_DATA, else `data/` of the repository."""
-    return Path(os.environ.get("NANOGEN_DATA") or REPOSITORY_DATA).expanduser()
-
-
-def load(name: str | Path, folder: Path | None = None, count: int | None = None) -> Images | Sounds:
+def load(name_or_path: str | Path, folder: Path | None = None, count: int | None = None) -> Dataset:
     """A data set by its name, or a folder of one's own by its path.
-
-    `folder`: where the named ones are kept, if not in `data_folder()`. `count`: only so many to learn from
-    and a tenth as many for the test, spread evenly over the whole (scenes, voices: made on the spot, not cached).
-    UserError, one sentence, for an unknown name, a file that cannot be read, a download that failed.
-    """
+    folder: where <name>.npz is kept, if not where `data_folders` says. count: load only so many
+    training examples and a tenth as many for the test, evenly spaced (scenes and voices: made on
+    the spot, not cached). UserError for an unknown name, a bad file or a failed download."""
+    name = str(name_or_path)
     if count is not None and count < 1:
         raise UserError(f"count must be at least 1, got {count}.")
-    if name in ("scenes", "voices"):
-        folders = [Path(folder)] if folder else [data_folder(), REPOSITORY_DATA]
-        return load_scenes(folders, count) if name == "scenes" else load_voices(folders, count)
+    folders = [Path(folder)] if folder else data_folders()
+    if name in MADE:
+        return load_made(name, folders, count)
     if whole(name) in SOURCES:
-        data = load_downloaded(whole(name), Path(folder) if folder else data_folder())
-        data = without(data, str(name).partition(WITHOUT)[2]) if name != whole(name) else data
-    elif name and (own := Path(name).expanduser()).is_dir():
-        fields = read_folder(own)
-        data = (Images if "train_images" in fields else Sounds)(own.name, **fields)
+        data = load_downloaded(whole(name), folders)
+        data = data if name == whole(name) else without(data, name.partition(WITHOUT)[2])
+    elif name and Path(name).expanduser().is_dir():
+        own = Path(resolved(name))
+        data = Dataset(own.name, str(own), *read_folder(own))
     else:
         choices = f"say {', '.join(SOURCES)}, scenes, voices or an existing folder"
-        raise UserError(f"There is no data set or folder {str(name)!r}: {choices}.")
+        raise UserError(f"There is no data set or folder {name!r}: {choices}.")
     return data if count is None else thin(data, count)
 
 
-def without(data: Images | Sounds, speaker: str) -> Sounds:
-    """All the other speakers to learn from, and this one's test clips. Names and numbers of the speakers stay."""
-    names = getattr(data, "speaker_names", [])
+def without(data: Dataset, speaker: str) -> Dataset:
+    """The training clips of all other speakers, and the test clips of this one."""
+    names = data.names.get("speakers", [])
     if speaker not in names:
-        raise UserError(f"{data.name} has no speaker {speaker!r} to leave out: its speakers are {', '.join(names) or 'none'}.")
+        known = f"its speakers are {', '.join(names) or 'none'}"
+        raise UserError(f"{data.name} has no speaker {speaker!r} to leave out: {known}.")
+    number, name = names.index(speaker), data.name + WITHOUT + speaker
+    train = choose(data.train, np.flatnonzero(data.train["speakers"] != number))
+    test = choose(data.test, np.flatnonzero(data.test["speakers"] == number))
+    return replace(data, name=name, origin=name, train=train, test=test)
+
+
+def thin(data: Dataset, count: int) -> Dataset:
+    """`count` training and `count / 10` test examples, evenly spaced: fsdd is sorted by digit."""
     parts = {}
-    for part in ("train", "test"):
-        chosen = np.flatnonzero((getattr(data, f"{part}_speakers") == names.index(speaker)) == (part == "test"))
-        parts[f"{part}_waveforms"] = [getattr(data, f"{part}_waveforms")[i] for i in chosen]
-        parts |= {key: getattr(data, key)[chosen] for key in (f"{part}_labels", f"{part}_speakers")}
-    return dataclasses.replace(data, name=data.name + WITHOUT + speaker, **parts)
-
-
-def thin(data: Images | Sounds, count: int) -> Images | Sounds:
-    """`data` with `count` training and `count / 10` test examples, evenly spaced: fsdd is sorted by digit."""
     for part, wanted in (("train", count), ("test", max(1, count // 10))):
-        total = len(getattr(data, f"{part}_labels"))
-        chosen = np.linspace(0, total - 1, min(wanted, total)).astype(int)
-        for key in [key for key in vars(data) if key.startswith(part)]:
-            old = getattr(data, key)
-            setattr(data, key, [old[i] for i in chosen] if isinstance(old, list) else old[chosen])
-    return data
+        columns = getattr(data, part)
+        total = len(columns[data.main])
+        parts[part] = choose(columns, np.linspace(0, total - 1, min(wanted, total)).astype(int))
+    return replace(data, **parts, count=count)
 
 
-# ------------------------------------------------------------------------------------ the cache: <name>.npz
+def choose(columns: dict, rows: np.ndarray) -> dict:
+    """These rows of all columns, arrays and lists."""
+    return {name: [values[i] for i in rows] if isinstance(values, list) else values[rows]
+            for name, values in columns.items()}
 
 
-def load_downloaded(name: str, folder: Path) -> Images | Sounds:
-    """`cifar10` or `fsdd` from folder/<name>.npz, which is downloaded first if it is not there."""
-    path = folder / f"{name}.npz"
-    arrays = read_npz(path) if path.exists() else download(name, folder)
-    try:
-        return as_images(name, arrays) if name == "cifar10" else as_sounds(name, arrays)
-    except (KeyError, ValueError, IndexError) as error:
-        raise UserError(f"{path} does not hold {name} ({error}): delete it and run again.") from error
+# ---- where files are kept
+
+def data_folders() -> list[Path]:
+    """Where data is looked for: $NANOGEN_DATA, data/ of a checkout, ~/.cache/nanogen.
+    New data is kept in the first that can be written. An installed package has no data/."""
+    own = os.environ.get("NANOGEN_DATA")
+    checkout = REPOSITORY / "data" if (REPOSITORY / "pyproject.toml").exists() else None
+    return [Path(path).expanduser() for path in (own, checkout, "~/.cache/nanogen") if path]
 
 
-def as_images(name: str, arrays: dict[str, np.ndarray]) -> Images:
-    """What the cache holds -> Images. ValueError if it does not fit together."""
+def data_folder() -> Path:
+    """Where new data is kept."""
+    return next(filter(writable, data_folders()))
+
+
+def writable(folder: Path) -> bool:
+    """Whether it can be written, or made. One that is marked read-only is spared, even by root."""
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return there.is_dir() and os.access(there, os.W_OK) and bool(there.stat().st_mode & 0o200)
+
+
+def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
+    """Not compressed: that makes reading three times as fast."""
+    write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
+
+
+# ---- downloaded: cifar10, fsdd
+
+def load_downloaded(name: str, folders: list[Path]) -> Dataset:
+    """<name>.npz from the first folder that has it; else it is downloaded and kept."""
+    there = [folder / f"{name}.npz" for folder in folders if (folder / f"{name}.npz").exists()]
+    if there:
+        path, arrays = there[0], read_npz(there[0], "if it is damaged, delete it and run again")
+    else:
+        folder = next(filter(writable, folders), None)
+        if folder is None:
+            raise UserError(f"{folders[0]} cannot be written: set NANOGEN_DATA to another folder.")
+        path, arrays = folder / f"{name}.npz", download(name, make_folder(folder))
+        write_cache(path, arrays)
+    sentence = f"{path} does not hold {name} ({{reason}}): delete it and run again."
+    with explained(sentence, KeyError, ValueError, IndexError):
+        return (as_images if name == "cifar10" else as_sounds)(name, arrays)
+
+
+def as_images(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
+    """Arrays "train_images", "test_labels"... as a data set. ValueError if they do not fit."""
     parts = {}
     for part in ("train", "test"):
-        images, labels = arrays[f"{part}_images"], arrays[f"{part}_labels"].astype(np.int64)
-        if images.dtype != np.uint8 or images.shape != (len(labels), 32, 32, 3):
-            raise ValueError(f"{part}_images is {images.dtype} {images.shape} beside {len(labels)} labels")
-        parts |= {f"{part}_images": images, f"{part}_labels": labels}
-    return Images(name, **parts, class_names=arrays["class_names"].tolist())
+        columns = {key.removeprefix(f"{part}_"): arrays[key] for key in arrays
+                   if key.startswith(f"{part}_")}
+        columns["labels"] = columns["labels"].astype(np.int64)
+        images, count = columns["images"], len(columns["labels"])
+        if images.dtype != np.uint8 or images.shape != (count, 32, 32, 3):
+            raise ValueError(f"{images.dtype} {images.shape} beside {count} labels")
+        parts[part] = columns
+    return Dataset(name, name, "images", **parts, names={"labels": arrays["class_names"].tolist()})
 
 
-def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Sounds:
-    """What the cache holds (all clips end to end, and where each begins) -> Sounds. ValueError as above."""
-    offsets, digits, is_test = arrays["offsets"], arrays["digits"], arrays["is_test"]
-    if offsets[-1] != len(arrays["waveform"]) or not len(digits) == len(is_test) == len(offsets) - 1:
+def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
+    """All clips end to end, and where each begins, as a data set. ValueError if they do not fit."""
+    offsets, is_test, count = arrays["offsets"], arrays["is_test"], len(arrays["digits"])
+    if offsets[-1] != len(arrays["waveform"]) or not count == len(is_test) == len(offsets) - 1:
         raise ValueError("its arrays differ in length")
-    clips = np.split(arrays["waveform"].astype(np.float32) / 32768, offsets[1:-1])
-    parts = {}
-    for part, chosen in (("train", np.flatnonzero(~is_test)), ("test", np.flatnonzero(is_test))):
-        parts[f"{part}_waveforms"] = [clips[i] for i in chosen]
-        parts[f"{part}_labels"] = digits[chosen].astype(np.int64)
-        parts[f"{part}_speakers"] = arrays["speakers"][chosen].astype(np.int64)
-    names = {"class_names": list("0123456789"), "speaker_names": arrays["speaker_names"].tolist()}
-    return Sounds(name, **parts, **names, sample_rate=int(arrays["sample_rate"]))
+    columns = {"waveforms": np.split(arrays["waveform"].astype(np.float32) / 32768, offsets[1:-1]),
+               "labels": arrays["digits"].astype(np.int64),
+               "speakers": arrays["speakers"].astype(np.int64),
+               **{key: arrays[key] for key in ("language", "voice") if key in arrays}}
+    train, test = (choose(columns, np.flatnonzero(rows)) for rows in (~is_test, is_test))
+    names = {"labels": list("0123456789"), "speakers": arrays["speaker_names"].tolist()}
+    return Dataset(name, name, "sounds", train, test, names, None, int(arrays["sample_rate"]))
 
 
-def read_npz(path: Path) -> dict[str, np.ndarray]:
-    """All arrays of an npz file. UserError if it is damaged or not one."""
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            return dict(file)
-    except Exception as error:  # zip, zlib and numpy each have their own for a damaged file
-        advice = "if it is damaged, delete it and run again"
-        raise UserError(f"{path} cannot be read ({reason(error)}): {advice}.") from error
+# ---- made by code: scenes, voices
+
+def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
+    """scenes or voices. Those of a count are made on the spot, all of them are kept."""
+    arrays = MADE[name][0](count, max(1, count // 10)) if count else made_once(name, folders)
+    if name == "voices":
+        data = as_sounds(name, arrays)
+        return replace(data, names=data.names | {"language": list(voices.LANGUAGES)}, count=count)
+    data = as_images(name, arrays)
+    for columns in (data.train, data.test):
+        looks = (columns[key] for key in ("labels", "color", "background"))
+        columns["prompts"] = scenes.captions(*looks)
+    names = {"background": scenes.BACKGROUNDS, "color": scenes.COLORS, "facing": scenes.FACINGS}
+    return replace(data, names=data.names | {key: list(names[key]) for key in names}, count=count)
 
 
-# ------------------------------------------------------------------------------------ made here: scenes, voices
-
-
-def load_scenes(folders: list[Path], count: int | None = None) -> Images:
-    """50,000 scenes of seed 0 to learn from, 5,000 of seed 1 for the test."""
-    if count is not None:
-        return unpack_scenes(draw_scenes(count, max(1, count // 10)))
-    announce = "Drawing 55,000 scenes: up to a minute, once."
-    return unpack_scenes(made_once("scenes", (scenes, drawing), lambda: draw_scenes(50_000, 5_000), folders, announce))
-
-
-def load_voices(folders: list[Path], count: int | None = None) -> Sounds:
-    """8,000 spoken digits by 200 voices to learn from, 800 by 40 others for the test."""
-    if count is not None:
-        return unpack_voices(record_voices(count, max(1, count // 10)))
-    announce = "Speaking 8,800 digits: about half a minute, once."
-    return unpack_voices(made_once("voices", (voices, phonemes), lambda: record_voices(8_000, 800), folders, announce))
-
-
-def made_once(name: str, modules: tuple, make: Callable, folders: list[Path], announce: str) -> dict[str, np.ndarray]:
-    """What make() gives, from <name>.npz of the first folder that has it; else made, and kept in the first writable one.
-
-    The cache carries a fingerprint of the code of its modules: change the code, and all is made anew.
-    """
-    code = b"".join(Path(module.__file__).read_bytes() for module in modules)
-    fingerprint = hashlib.sha256(code).hexdigest()
-    for path in [folder / f"{name}.npz" for folder in folders]:
-        try:
-            with np.load(path, allow_pickle=False) as file:
-                if str(file["fingerprint"]) == fingerprint:
-                    return {key: file[key] for key in file.files if key != "fingerprint"}
-        except Exception:  # absent or damaged: making it again takes a minute, so no question is asked
-            continue
+def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
+    """All of scenes or voices, read from the first folder that has <name>.npz; else made and kept.
+    The file carries a fingerprint of the code without comments: if it differs, all is made anew."""
+    make, total, modules, announce = MADE[name]
+    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
+    code = fingerprint(*[ast.unparse(ast.parse(source)) for source in sources])
+    for folder in folders:  # what is absent or damaged is made again, in a minute
+        with suppress(Exception), np.load(folder / f"{name}.npz", allow_pickle=False) as file:
+            if str(file["fingerprint"]) == code:
+                return {key: file[key] for key in file.files if key != "fingerprint"}
     print(announce, file=sys.stderr)
-    arrays = make()
-    for folder in folders:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            if folder.stat().st_mode & stat.S_IWUSR:  # what is marked read-only stays as it is, even for root
-                write_npz(folder / f"{name}.npz", arrays | {"fingerprint": np.array(fingerprint)})
-                break
-        except OSError:
-            continue  # not kept, then
+    arrays = make(total, total // 10)
+    for folder in filter(writable, folders):
+        with suppress(UserError):  # on a full disk the data serves without being kept
+            write_cache(folder / f"{name}.npz", arrays | {"fingerprint": np.array(code)})
+            break
     return arrays
 
 
 def draw_scenes(train_count: int, test_count: int) -> dict[str, np.ndarray]:
-    """Both parts, as "train_<what>" and "test_<what>"; the masks packed, eight pixels to a byte."""
-    arrays = {}
+    """Arrays as `as_images` takes them: the training part of seed 0, the test part of seed 1."""
+    arrays = {"class_names": np.array(scenes.THINGS)}
     for part, count, seed in (("train", train_count, 0), ("test", test_count, 1)):
-        arrays |= {f"{part}_{what}": values for what, values in scenes.make(count, seed=seed).items()}
-        arrays[f"{part}_mask"] = np.packbits(arrays[f"{part}_mask"], axis=-1)
+        columns = scenes.make(count, seed=seed)
+        arrays |= {f"{part}_{column}": columns[column] for column in columns}
     return arrays
 
 
-def unpack_scenes(arrays: dict[str, np.ndarray]) -> Images:
-    """What `draw_scenes` made -> Images; all but pictures and labels is the truth about them."""
-    images = as_images("scenes", arrays | {"class_names": np.array(scenes.THINGS)})
-    known = [key for key in arrays if not key.endswith(("_images", "_labels"))]
-    images.truth = {key: arrays[key] for key in known}
-    for key in ("train_mask", "test_mask"):
-        images.truth[key] = np.unpackbits(arrays[key], axis=-1).astype(bool)
-    return images
-
-
 def record_voices(train_count: int, test_count: int) -> dict[str, np.ndarray]:
-    """Both parts end to end, laid out as fsdd's cache is, with language and voice; no voice is in both."""
-    parts = [voices.make(train_count, seed=0, speakers=200), voices.make(test_count, seed=1, speakers=40)]
-    train, test = parts
+    """Arrays as `as_sounds` takes them: 200 voices in the training part, 40 others in the test."""
+    train = voices.make(train_count, seed=0, speakers=200)
+    test = voices.make(test_count, seed=1, speakers=40)
     test["speaker"] += train["speaker"].max() + 1
     clips = train["waveforms"] + test["waveforms"]
-    speakers = np.concatenate([part["speaker"] for part in parts])
-    return {
+    columns = {"digits": "labels", "speakers": "speaker", "language": "language", "voice": "voice"}
+    arrays = {key: np.concatenate([train[own], test[own]]) for key, own in columns.items()}
+    return arrays | {
         "waveform": np.round(32768 * np.concatenate(clips)).astype(np.int16),
         "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
-        "digits": np.concatenate([part["labels"] for part in parts]),
-        "speakers": speakers,
-        "is_test": np.repeat([False, True], [len(part["labels"]) for part in parts]),
-        "speaker_names": np.array([f"voice {i}" for i in range(speakers.max() + 1)]),
+        "is_test": np.repeat([False, True], [len(part["labels"]) for part in (train, test)]),
+        "speaker_names": np.array([f"voice {i}" for i in range(arrays["speakers"].max() + 1)]),
         "sample_rate": np.array(voices.RATE),
-        "language": np.concatenate([part["language"] for part in parts]),
-        "voice": np.concatenate([part["voice"] for part in parts]),
     }
 
 
-def unpack_voices(arrays: dict[str, np.ndarray]) -> Sounds:
-    """What `record_voices` made -> Sounds; truth: language, an index into voices.LANGUAGES, and the voice's numbers."""
-    sounds, is_test = as_sounds("voices", arrays), arrays["is_test"]
-    for key in ("language", "voice"):
-        sounds.truth |= {f"train_{key}": arrays[key][~is_test], f"test_{key}": arrays[key][is_test]}
-    return sounds
+MADE = {  # name -> how it is made, how many to learn from, by which modules, what to announce
+    "scenes": (draw_scenes, 50_000, (scenes, drawing), "Drawing 55,000 scenes: a minute, once."),
+    "voices": (record_voices, 8_000, (voices, phonemes), "Speaking 8,800 digits: a minute, once."),
+}

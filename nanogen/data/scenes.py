@@ -1,33 +1,18 @@
-"""Scenes: 32x32 colour pictures with captions, made by code from a seed. Nothing to download.
+"""Scenes: 32x32 colour images with captions, made by code from a seed. Nothing to download.
 
-A picture is a background (grass, city, sea, sky) and a thing on it (dog, cat, ... robot) with a colour, a size, a place and
-a facing. The background is chosen *independently of the thing*, so "a dog" has several right answers: a model that averages
-them is blurred, one that draws one of them is not. And as code made the picture, all of its truth is known (thing, colour,
-place, text, every pixel of the thing): scores are exact. How it is drawn is in `drawing.py`; 50,000 pictures take about 20
-seconds on one CPU core.
-
-    python -m nanogen.data.scenes     # writes scenes.png, 64 examples, and prints their captions
+An image is a background and a thing on it, with colour, size, place and facing. The background is
+chosen *independently of the thing*, so "a dog" has several correct images. A model that averages
+them is blurred, a model that draws one of them is not. Because code made the image, the whole truth
+about it is known, down to every pixel of the thing, so scores are exact. drawing.py has the shapes.
 """
 
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image
 
 from nanogen import UserError
-from nanogen.data.drawing import (
-    BACKGROUNDS,
-    COLORS,
-    FACINGS,
-    FONT,
-    LETTERS,
-    SIGN_HEIGHT,
-    SIZE,
-    THINGS,
-    draw_backgrounds,
-    draw_sign,
-    draw_things,
-)
+from nanogen.data import drawing
+from nanogen.data.drawing import BACKGROUNDS, COLORS, FACINGS, FONT, SIGN_HEIGHT, SIZE, THINGS
 
 RELATIONS = ("left of", "right of", "above", "below")
 DIRECTIONS = ("right", "down", "left", "up")  # of motion: quarter turns, y down
@@ -35,12 +20,9 @@ WHERE = {"grass": "on grass", "city": "in the city", "sea": "on the sea", "sky":
 MAX_TEXT = 7  # letters on a sign: "12+9=21" just fits
 
 
-# ------------------------------------------------------------------------------------ what there is to say
-
-
 @dataclass(frozen=True)
 class Thing:
-    """One thing: what it is and where. Lengths in pixels; (x, y) is its centre, size the side of its box."""
+    """One thing. Lengths in pixels; (x, y) is its centre, size the side of its box."""
 
     kind: str
     color: str
@@ -59,7 +41,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """A background, up to four things (of one kind and colour, or two with a relation) and perhaps a sign."""
+    """A background, up to four things (all alike, or two with a relation) and perhaps a sign."""
 
     background: str
     things: tuple[Thing, ...] = ()
@@ -71,43 +53,49 @@ class Scene:
 
     def __post_init__(self):
         _check("background", self.background, BACKGROUNDS)
-        if self.relation:
-            _check("relation", self.relation, RELATIONS)
-        if len(self.things) > 4 or (self.relation and len(self.things) != 2):
-            raise UserError(f"a scene holds up to 4 things, and 2 with a relation; got {len(self.things)}")
+        count = len(self.things)
+        _check("relation", self.relation, ("", *RELATIONS))
+        if count > 4 or (self.relation and count != 2):
+            raise UserError(f"a scene holds up to 4 things, and 2 with a relation; got {count}")
         if not self.relation and len({(thing.kind, thing.color) for thing in self.things}) > 1:
-            raise UserError("things of several kinds or colours need a relation, such as relation='left of'")
+            raise UserError("things of several kinds or colours need a relation, such as 'left of'")
         if len(self.sign) > MAX_TEXT or not set(self.sign) <= set(FONT):
-            raise UserError(f"a sign holds up to {MAX_TEXT} of A-Z, 0-9, + - =, got {self.sign!r}")
+            raise UserError(f"a sign holds up to {MAX_TEXT} of A-Z 0-9 + - =, got {self.sign!r}")
 
     @property
     def caption(self) -> str:
-        """The scene in words: "three blue birds in the sky"."""
+        """Such as "three blue birds in the sky"."""
         names = [(thing.kind, thing.color) for thing in self.things]
-        words = _name(*names[0], 1 if self.relation else len(names)) if names else "nothing"
+        text = _name(*names[0], 1 if self.relation else len(names)) if names else "nothing"
         if self.relation:
-            words += f" {self.relation} {_name(*names[1])}"
-        words += f" {WHERE[self.background]}"
-        return words + (f" with a sign that says {self.says or self.sign}" if self.sign else "")
+            text += f" {self.relation} {_name(*names[1])}"
+        text += f" {WHERE[self.background]}"
+        return text + (f" with a sign that says {self.says or self.sign}" if self.sign else "")
+
+
+def captions(labels: np.ndarray, color: np.ndarray, background: np.ndarray) -> list[str]:
+    """`Scene.caption` of N scenes with one thing each, from their indices, (N,) each."""
+    texts = np.array([[[f"{_name(kind, color)} {where}" for where in WHERE.values()]
+                       for color in COLORS] for kind in THINGS])
+    return texts[labels, color, background].tolist()
 
 
 def _name(kind: str, color: str, number: int = 1) -> str:
-    words = f"{color} {kind}"
+    name = f"{color} {kind}"
     if number == 1:
-        return f"an {words}" if words[0] in "aeiou" else f"a {words}"
-    return f"{('two', 'three', 'four')[number - 2]} {words}" + ("" if kind == "fish" else "s")
+        return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+    return f"{('two', 'three', 'four')[number - 2]} {name}" + ("" if kind == "fish" else "s")
 
 
 def _check(what: str, name: str, names: tuple[str, ...]) -> None:
     if name not in names:
-        raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(names)}")
+        raise UserError(f"unknown {what} {name!r}: choose one of {', '.join(filter(None, names))}")
 
 
-# ------------------------------------------------------------------------------------ whole scenes
-
+# ---- scene -> image
 
 def sign_area(scene: Scene) -> tuple[slice, slice]:
-    """The rows and columns of the picture that the scene's sign covers: empty slices without a sign."""
+    """The rows and columns of the image that the sign covers: empty slices without a sign."""
     height, width = (SIGN_HEIGHT, 4 * len(scene.sign) + 3) if scene.sign else (0, 0)
     top = min(max(scene.sign_y - height // 2, 0), SIZE - height)
     left = min(max(scene.sign_x - width // 2, 0), SIZE - width)
@@ -115,12 +103,11 @@ def sign_area(scene: Scene) -> tuple[slice, slice]:
 
 
 def render_scenes(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """-> pictures uint8 (N, 32, 32, 3), and the pixels of their things not behind a sign, bool (N, 32, 32).
-
-    rng draws only the texture of the backgrounds. So an equal seed and list of backgrounds give equal ones:
-    two lists that differ in the things alone are pictures before and after an edit.
-    """
-    canvas = draw_backgrounds(np.array([BACKGROUNDS.index(scene.background) for scene in scenes]), rng)
+    """-> images uint8 (N, 32, 32, 3), and the visible pixels of their things, bool (N, 32, 32).
+    rng draws only the texture of the backgrounds. So an equal seed and equal backgrounds give equal
+    pixels: two lists that differ in the things alone are images before and after an edit."""
+    background = np.array([BACKGROUNDS.index(scene.background) for scene in scenes])
+    canvas = drawing.draw_backgrounds(background, rng)
     mask = np.zeros(canvas.shape[:3], dtype=bool)
     for layer in range(4):
         rows = [row for row, scene in enumerate(scenes) if len(scene.things) > layer]
@@ -129,24 +116,14 @@ def render_scenes(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.nda
         color = np.array([COLORS.index(thing.color) for thing in things])
         facing = np.array([FACINGS.index(thing.facing) for thing in things])
         size, x, y = np.array([(thing.size, thing.x, thing.y) for thing in things]).reshape(-1, 3).T
-        picture = canvas[rows]
-        mask[rows] |= draw_things(picture, kind, color, size, x, y, facing) > 0.5
-        canvas[rows] = picture
+        image = canvas[rows]
+        mask[rows] |= drawing.draw_things(image, kind, color, size, x, y, facing) > 0.5
+        canvas[rows] = image
     for row, scene in enumerate(scenes):
         if scene.sign:
-            canvas[row][sign_area(scene)] = draw_sign(scene.sign)
+            canvas[row][sign_area(scene)] = drawing.draw_sign(scene.sign)
             mask[row][sign_area(scene)] = False
     return _to_bytes(canvas), mask
-
-
-def render(scene: Scene, seed: int = 0) -> np.ndarray:
-    """One scene -> uint8 (32, 32, 3). The seed is for the background's texture: all else is in the scene."""
-    return render_scenes([scene], np.random.default_rng(seed))[0][0]
-
-
-def thing_mask(scene: Scene) -> np.ndarray:
-    """The pixels of the scene's things, outlines included, that no sign hides: bool (32, 32)."""
-    return render_scenes([scene], np.random.default_rng(0))[1][0]
 
 
 def _to_bytes(canvas):
@@ -154,19 +131,19 @@ def _to_bytes(canvas):
 
 
 def random_text(rng: np.random.Generator) -> str:
-    """What stands on a sign: a word, a number, some letters, or a sum, which is right."""
+    """The text of a sign: a word, a number, some letters, or a correct sum."""
     first, second = rng.integers(10, size=2)
-    letters = "".join(rng.choice(list(LETTERS), size=rng.integers(1, 6)))
+    letters = "".join(rng.choice(list(drawing.LETTERS), size=rng.integers(1, 6)))
     word, number = rng.choice(THINGS + COLORS).upper(), str(rng.integers(1000))
     return (word, number, letters, f"{first}+{second}={first + second}")[rng.integers(4)]
 
 
-def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str = False, sign: bool | str = False) -> Scene:
-    """A scene with `count` things of one kind and colour, or with two in a relation; with a sign or without.
+def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str = False,
+                 sign: bool | str = False) -> Scene:
+    """A scene with `count` things of one kind and colour, or with two in a relation.
 
-    relation: True for any of RELATIONS, or one of them. sign: True for a random text, or the text. Each thing
-    has a cell of its own, so none hides another. A sign leaves room for two things, side by side.
-    """
+    relation: True for any of RELATIONS, or one of them. sign: True for a random text, or the text.
+    Things have cells of their own, so none hides another: two, side by side, if there is a sign."""
     if not 1 <= count <= (2 if sign else 4):
         raise UserError(f"a scene has 1 to 4 things, and at most 2 beside a sign, got {count}")
     possible = RELATIONS[:2] if sign else RELATIONS
@@ -181,58 +158,68 @@ def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str 
     stacked = relation in ("above", "below") if relation or sign else rng.random() < 0.5
     columns, rows = ((1, 1), (1, 2) if stacked else (2, 1), (2, 2), (2, 2))[count - 1]
     width, height = SIZE / columns, room_height / rows
-    cells = sorted(rng.permutation(columns * rows)[:count], reverse=relation in ("right of", "below"))
+    backwards = relation in ("right of", "below")
+    cells = sorted(rng.permutation(columns * rows)[:count], reverse=backwards)
 
     varied = 2 if relation else 1  # two kinds and colours, or one for all
-    kinds, colors = rng.permutation(len(THINGS))[:varied], rng.integers(len(COLORS), size=varied)
+    kinds = rng.permutation(len(THINGS))[:varied]
+    colors = rng.integers(len(COLORS), size=varied)
     things = []
     for number, cell in enumerate(cells):
         size = rng.uniform(0.85, 1.0) * min(24, width - 3, height - 3)
-        x = rng.uniform(_margin(size), width - _margin(size)) + cell % columns * width
-        y = rng.uniform(_margin(size), height - _margin(size)) + cell // columns * height + room_top
+        margin = _margin(size)
+        x = rng.uniform(margin, width - margin) + cell % columns * width
+        y = rng.uniform(margin, height - margin) + cell // columns * height + room_top
         kind, color = THINGS[kinds[number % varied]], COLORS[colors[number % varied]]
-        things.append(Thing(kind, color, float(size), float(x), float(y), FACINGS[rng.integers(2)]))
+        facing = FACINGS[rng.integers(2)]
+        things.append(Thing(kind, color, float(size), float(x), float(y), facing))
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    text = random_text(rng) if sign is True else sign or ""
-    return Scene(background, tuple(things), relation, text, sign_x=int(rng.integers(8, 25)), sign_y=sign_y)
+    text, sign_x = random_text(rng) if sign is True else sign or "", int(rng.integers(8, 25))
+    return Scene(background, tuple(things), relation, text, sign_x=sign_x, sign_y=sign_y)
 
 
 def _margin(size):
-    """How near to the edge of its room a thing's centre may come: half its size, and its outline."""
+    """How near to an edge the centre of a thing may come: half its size, and its outline."""
     return size / 2 + 1
 
 
-# ------------------------------------------------------------------------------------ data sets
+def _random_things(rng, count: int, smallest: float, largest: float) -> dict[str, np.ndarray]:
+    """Attributes of `count` things, drawn independently of each other."""
+    return {"labels": rng.integers(len(THINGS), size=count),
+            "background": rng.integers(len(BACKGROUNDS), size=count),
+            "color": rng.integers(len(COLORS), size=count),
+            "size": rng.uniform(smallest, largest, count).astype(np.float32),
+            "facing": rng.integers(len(FACINGS), size=count)}
 
+
+# ---- data sets: example i depends on the seed and on i, not on the count
 
 def make(count: int, seed: int = 0) -> dict[str, np.ndarray]:
-    """The plain data set: one thing a picture, no sign.
+    """The plain data set: one thing an image, no sign.
 
-    -> images uint8 (N, 32, 32, 3); labels, background, color, facing int64 (N,), into THINGS, BACKGROUNDS,
-    COLORS, FACINGS; place float32 (N, 2), the centre (x, y), and size float32 (N,), in pixels; mask bool
-    (N, 32, 32): the thing and its outline.
-    Picture i depends on the seed and on i, not on count: a small data set is the beginning of a large one.
-    """
+    -> images uint8 (N, 32, 32, 3); labels, background, color, facing int64 (N,), into THINGS,
+    BACKGROUNDS, COLORS, FACINGS; place float32 (N, 2), the centre (x, y), and size float32 (N,), in
+    pixels; mask bool (N, 32, 32): the thing and its outline."""
 
     def draw(rng, chunk):
         truth = _random_things(rng, chunk, 16, 24)
         margin = _margin(truth["size"])[:, None]
-        truth["place"] = (margin + rng.random((chunk, 2)) * (SIZE - 2 * margin)).astype(np.float32)
-        canvas = draw_backgrounds(truth["background"], rng)
+        place = (margin + rng.random((chunk, 2)) * (SIZE - 2 * margin)).astype(np.float32)
+        canvas = drawing.draw_backgrounds(truth["background"], rng)
         looks = (truth[key] for key in ("labels", "color", "size"))
-        coverage = draw_things(canvas, *looks, *truth["place"].T, truth["facing"])
-        return {"images": _to_bytes(canvas), **truth, "mask": coverage > 0.5}
+        coverage = drawing.draw_things(canvas, *looks, *place.T, truth["facing"])
+        return {"images": _to_bytes(canvas), **truth, "place": place, "mask": coverage > 0.5}
 
     return _collect(draw, count, seed, chunk=250)
 
 
-def make_captioned(count: int, seed: int = 0, counts=(1, 2, 3, 4), relations: float = 0.3, signs: float = 0.3) -> dict:
-    """Pictures with captions, for models that read. As in `make`, picture i does not depend on count.
+def make_captioned(count: int, seed: int = 0, counts=(1, 2, 3, 4), relations: float = 0.3,
+                   signs: float = 0.3) -> dict:
+    """Images with captions, for models that read.
 
-    counts: how many things there may be; relations, signs: the share of scenes with a relation, with a sign.
-    -> images uint8 (N, 32, 32, 3); captions, a list; scenes, a list of Scene, the whole truth; mask bool
-    (N, 32, 32); labels, color (of the first thing), background and count int64 (N,).
-    """
+    counts: how many things there may be. relations, signs: the fraction of scenes that have one.
+    -> images uint8 (N, 32, 32, 3); captions, a list; scenes, a list of Scene, the whole truth; mask
+    bool (N, 32, 32); labels, color (of the first thing), background and count int64 (N,)."""
 
     def draw(rng, chunk):
         scenes = []
@@ -240,88 +227,61 @@ def make_captioned(count: int, seed: int = 0, counts=(1, 2, 3, 4), relations: fl
             relation, sign = (rng.random(2) < (relations, signs)).tolist()
             scenes.append(random_scene(rng, min(number, 2) if sign else number, relation, sign))
         images, mask = render_scenes(scenes, rng)
-        return {
-            "images": images,
-            "captions": [scene.caption for scene in scenes],
-            "scenes": scenes,
-            "mask": mask,
-            "labels": np.array([THINGS.index(scene.things[0].kind) for scene in scenes]),
-            "color": np.array([COLORS.index(scene.things[0].color) for scene in scenes]),
-            "background": np.array([BACKGROUNDS.index(scene.background) for scene in scenes]),
-            "count": np.array([len(scene.things) for scene in scenes]),
-        }
+        return {"images": images, "captions": [scene.caption for scene in scenes],
+                "scenes": scenes, "mask": mask,
+                "labels": np.array([THINGS.index(scene.things[0].kind) for scene in scenes]),
+                "color": np.array([COLORS.index(scene.things[0].color) for scene in scenes]),
+                "background": np.array([BACKGROUNDS.index(scene.background) for scene in scenes]),
+                "count": np.array([len(scene.things) for scene in scenes])}
 
     return _collect(draw, count, seed, chunk=100)
 
 
 def make_clips(count: int, seed: int = 0, frames: int = 8) -> dict:
-    """Clips of one thing that moves straight over a still background, facing where it goes, always in sight.
+    """Clips of one thing that moves straight over a still background, facing where it goes.
 
-    -> videos uint8 (N, T, 32, 32, 3); captions, a list; velocity float32 (N, 2), pixels a frame; place
-    float32 (N, T, 2); mask bool (N, T, 32, 32); direction int64 (N,), into DIRECTIONS; the rest as in `make`.
-    """
+    -> videos uint8 (N, T, 32, 32, 3); captions, a list; velocity float32 (N, 2), pixels a frame;
+    place float32 (N, T, 2), always in sight; mask bool (N, T, 32, 32); direction int64 (N,), into
+    DIRECTIONS; the rest as in `make`."""
     if frames < 2:
         raise UserError(f"a clip needs at least 2 frames, got {frames}")
 
     def draw(rng, chunk):
         truth = _random_things(rng, chunk, 13, 17)
         direction = rng.integers(len(DIRECTIONS), size=chunk)
-        angle = direction * (np.pi / 2) + rng.uniform(-0.3, 0.3, chunk)  # so that its name is never in doubt
-        room = SIZE - 2 * _margin(truth["size"])
-        speed = np.minimum(rng.uniform(0.6, 1.8, chunk), room / (frames - 1))
-        velocity = speed[:, None] * np.stack([np.cos(angle), np.sin(angle)], axis=1)
+        angle = direction * (np.pi / 2) + rng.uniform(-0.3, 0.3, chunk)  # its name is clear
+        margin = _margin(truth["size"])[:, None]
+        room = SIZE - 2 * margin
+        speed = np.minimum(rng.uniform(0.6, 1.8, chunk)[:, None], room / (frames - 1))
+        velocity = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)
         travel = (frames - 1) * velocity
-        start = _margin(truth["size"])[:, None] - np.minimum(travel, 0)
-        start = start + rng.random((chunk, 2)) * (room[:, None] - np.abs(travel))
+        start = margin - np.minimum(travel, 0) + rng.random((chunk, 2)) * (room - np.abs(travel))
         place = start[:, None] + np.arange(frames)[:, None] * velocity[:, None]  # (chunk, T, 2)
         truth["facing"] = (velocity[:, 0] > 0).astype(np.int64)
 
-        canvas = draw_backgrounds(truth["background"], rng).repeat(frames, axis=0)  # (chunk * T, 32, 32, 3)
+        canvas = drawing.draw_backgrounds(truth["background"], rng).repeat(frames, axis=0)
         looks = (truth[key].repeat(frames) for key in ("labels", "color", "size"))
-        coverage = draw_things(canvas, *looks, *place.reshape(-1, 2).T, truth["facing"].repeat(frames))
-        words = zip(truth["labels"], truth["color"], truth["background"], direction, strict=True)
-        captions = [
-            f"{_name(THINGS[kind], COLORS[color])} {WHERE[BACKGROUNDS[back]]} moving {DIRECTIONS[way]}"
-            for kind, color, back, way in words
-        ]
-        return {
-            "videos": _to_bytes(canvas).reshape(chunk, frames, SIZE, SIZE, 3),
-            "captions": captions,
-            "velocity": velocity.astype(np.float32),
-            "place": place.astype(np.float32),
-            "mask": (coverage > 0.5).reshape(chunk, frames, SIZE, SIZE),
-            "direction": direction,
-            **truth,
-        }
+        facing = truth["facing"].repeat(frames)
+        coverage = drawing.draw_things(canvas, *looks, *place.reshape(-1, 2).T, facing)
+        texts = captions(truth["labels"], truth["color"], truth["background"])
+        return {"videos": _to_bytes(canvas).reshape(chunk, frames, SIZE, SIZE, 3),
+                "captions": [f"{text} moving {DIRECTIONS[way]}"
+                             for text, way in zip(texts, direction, strict=True)],
+                "velocity": velocity.astype(np.float32), "place": place.astype(np.float32),
+                "mask": (coverage > 0.5).reshape(chunk, frames, SIZE, SIZE),
+                "direction": direction, **truth}
 
     return _collect(draw, count, seed, chunk=32)
 
 
-def _random_things(rng, count: int, smallest: float, largest: float) -> dict[str, np.ndarray]:
-    """Every attribute drawn for itself, so that none tells anything of another."""
-    return {
-        "labels": rng.integers(len(THINGS), size=count),
-        "background": rng.integers(len(BACKGROUNDS), size=count),
-        "color": rng.integers(len(COLORS), size=count),
-        "size": rng.uniform(smallest, largest, count).astype(np.float32),
-        "facing": rng.integers(len(FACINGS), size=count),
-    }
-
-
 def _collect(draw, count: int, seed: int, chunk: int) -> dict:
-    """Join draw(rng, chunk) for as many chunks as it takes, each with its own rng, and cut to count."""
+    """Join draw(rng, chunk) for as many chunks as needed, each with its own rng; cut to count."""
     if count < 1:
         raise UserError(f"count must be at least 1, got {count}")
     parts = [draw(np.random.default_rng([seed, i]), chunk) for i in range(-(-count // chunk))]
     joined = {}
     for key, first in list(parts[0].items()):
         values = [part.pop(key) for part in parts]
-        joined[key] = (sum(values, []) if isinstance(first, list) else np.concatenate(values))[:count]
+        joined[key] = (sum(values, []) if isinstance(first, list) else np.concatenate(values))
+        joined[key] = joined[key][:count]
     return joined
-
-
-if __name__ == "__main__":
-    examples = make_captioned(64)
-    sheet = examples["images"].reshape(8, 8, SIZE, SIZE, 3).swapaxes(1, 2).reshape(8 * SIZE, 8 * SIZE, 3)
-    Image.fromarray(sheet).resize((1024, 1024), Image.Resampling.NEAREST).save("scenes.png")
-    print("\n".join(examples["captions"]))

@@ -1,0 +1,253 @@
+"""Where data comes from: folders of one's own, and downloads.
+
+Images in folders, of any kind and size, become 32x32 RGB; sounds of any rate become mono at 8 kHz.
+What cannot be read is skipped, with a warning that names it. What comes from the network is not
+trusted before its checksum is right, and is never unpacked to the disk.
+"""
+
+import hashlib
+import io
+import os
+import tarfile
+import warnings
+from collections.abc import Callable
+from math import gcd
+from pathlib import Path
+from typing import NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import Request, urlopen
+
+import numpy as np
+import soundfile
+from PIL import Image, ImageOps
+from tqdm import tqdm
+
+from nanogen import UserError
+from nanogen.files import reason
+
+SAMPLE_RATE = 8000  # samples a second, of every sound in nanogen
+IMAGE_FILES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
+SOUND_FILES = {".wav", ".flac", ".ogg", ".mp3"}
+
+
+# ---- a folder of one's own
+
+def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
+    """Images, or else sounds -> kind, train, test and names of a `Dataset`.
+    A tenth of each class is the test: at least one file, none if there is only one. The parts and
+    their order are the same on every machine: a hash of the file names decides. Without
+    sub-folders, all files are of one class. UserError if there is nothing that can be read."""
+    kind, read, classes = "images", read_image, find_classes(folder, IMAGE_FILES)
+    if not classes:
+        kind, read, classes = "sounds", read_sound, find_classes(folder, SOUND_FILES)
+    if not classes:
+        kinds = f"({' '.join(sorted(IMAGE_FILES | SOUND_FILES))})"
+        raise UserError(f"{folder} has no images or sounds {kinds}: add one folder for each class.")
+
+    train, test, skipped = [], [], []  # train and test: (content, label)
+    with tqdm(total=sum(map(len, classes.values())), desc=f"reading {folder.name}", delay=1) as bar:
+        for label, files in enumerate(classes.values()):
+            examples = []
+            for file in files:
+                bar.update()
+                try:
+                    examples.append((read(file), label))
+                except UserError as error:
+                    skipped.append(str(error))
+            tests = max(1, len(examples) // 10) if len(examples) > 1 else 0
+            test += examples[:tests]
+            train += examples[tests:]
+    if not train:
+        raise UserError(f"No file in {folder} can be read; the first: {skipped[0]}")
+    if skipped:
+        more = [f"And {len(skipped) - 10} more."] if len(skipped) > 10 else []
+        warnings.warn(" ".join(["Skipped:", *skipped[:10], *more]), stacklevel=3)
+
+    parts = []
+    for examples in (train, test):
+        order = np.random.default_rng(0).permutation(len(examples))  # mix the classes
+        contents, labels = [examples[i][0] for i in order], [examples[i][1] for i in order]
+        if kind == "images":
+            columns = {"images": np.array(contents, np.uint8).reshape(-1, 32, 32, 3)}
+        else:
+            columns = {"waveforms": contents, "speakers": np.zeros(len(labels), np.int64)}
+        parts.append(columns | {"labels": np.array(labels, np.int64)})
+    names = {"labels": list(classes)} | ({"speakers": ["unknown"]} if kind == "sounds" else {})
+    return kind, *parts, names
+
+
+def find_classes(folder: Path, kinds: set[str]) -> dict[str, list[Path]]:
+    """{class: its files of these kinds, no hidden ones}, in the order of a hash of the name."""
+
+    def files_in(place: Path, pattern: str) -> list[Path]:
+        names = {path: path.relative_to(place) for path in place.glob(pattern)
+                 if path.suffix.lower() in kinds and path.is_file()}
+        hashes = {path: hashlib.sha256(os.fsencode(name.as_posix())).digest()
+                  for path, name in names.items() if not any(part[0] == "." for part in name.parts)}
+        return sorted(hashes, key=hashes.get)
+
+    folders = sorted(place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
+    classes = {place.name: files_in(place, "**/*") for place in folders}
+    if not any(classes.values()):
+        classes = {folder.resolve().name: files_in(folder, "*")}
+    return {name: files for name, files in classes.items() if files}
+
+
+def read_image(path: str | Path, size: int = 32) -> np.ndarray:
+    """Any image -> uint8 (size, size, 3): the central square, resized with antialiasing, on white.
+    Grey, palette and 16-bit become RGB; of an animation, the first frame. UserError if it cannot be
+    read, or decodes to so many pixels that it may be a small file made to fill the memory."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
+            image = Image.open(path)
+        with image:
+            image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at an eighth or so
+            pixels = image.width * image.height
+            if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
+                raise ValueError(f"{pixels} pixels are more than it is safe to decode")
+            upright = ImageOps.exif_transpose(image)
+        if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255 instead of scaling
+            upright = Image.fromarray((np.asarray(upright) / 256).clip(0, 255).astype(np.uint8))
+        side = min(upright.size)
+        left, top = (upright.width - side) // 2, (upright.height - side) // 2
+        square = upright.crop((left, top, left + side, top + side)).convert("RGBA")
+        small = square.resize((size, size), Image.Resampling.LANCZOS)
+        white = Image.new("RGBA", small.size, "white")
+        return np.array(Image.alpha_composite(white, small).convert("RGB"))
+    except Exception as error:  # decoders meet broken files with almost any exception
+        raise UserError(f"{path} is no image that can be read ({reason(error)}).") from error
+
+
+def read_sound(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+    """A WAV, FLAC, OGG or MP3 file -> float32 (T,) in [-1, 1], mono. UserError for a bad file."""
+    try:
+        check_complete(path)
+        channels, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (T, channels)
+        if not len(channels) or not np.isfinite(channels).all():
+            raise ValueError("it is empty, or has values that are not finite")
+        return resample(channels.mean(axis=1), rate, sample_rate).clip(-1, 1)
+    except Exception as error:
+        raise UserError(f"{path} is no sound that can be read ({reason(error)}).") from error
+
+
+def check_complete(path: str | Path) -> None:
+    """ValueError for a WAV file that was cut off: libsndfile reads the rest without a word."""
+    with open(path, "rb") as file:
+        head, there = file.read(8), os.stat(path).st_size
+    wanted = 8 + int.from_bytes(head[4:], "little")
+    # Programs that write to a pipe leave a very large number there. A last byte may be padding.
+    if head[:4] == b"RIFF" and there + 1 < wanted < 0x7FFF0000:
+        raise ValueError(f"it is cut off: {there:,} of {wanted:,} bytes are there")
+
+
+def resample(waveform: np.ndarray, rate: int, new_rate: int) -> np.ndarray:
+    """(T,) at `rate` -> float32 (T * new_rate / rate, rounded up,) at `new_rate`, in Hz.
+    Transform to the spectrum, keep the frequencies that the new rate can represent, transform back.
+    The transform treats the sound as periodic: silence parts its end from its beginning."""
+    if rate == new_rate:
+        return waveform.astype(np.float32)
+    up, down = new_rate // gcd(rate, new_rate), rate // gcd(rate, new_rate)
+    blocks = -(-(len(waveform) + rate // 10) // down)  # of `down` samples, which become `up`
+    spectrum = np.fft.rfft(waveform, blocks * down)[: blocks * up // 2 + 1]
+    resampled = np.fft.irfft(spectrum, blocks * up) * (up / down)
+    return resampled[: -(-len(waveform) * up // down)].astype(np.float32)
+
+
+# ---- downloads
+CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck"
+TIMEOUT = 30  # seconds without an answer, or without a further byte, until a download has failed
+
+
+class Source(NamedTuple):
+    """Where to have a data set from."""
+
+    url: str
+    archive: str  # its file name; a file of this name in the data folder is taken instead
+    digest: Callable[[bytes], str]  # how the checksum is computed
+    checksum: str
+    read: Callable[[bytes], dict[str, np.ndarray]]  # the archive -> the arrays of the cache
+
+
+def download(name: str, folder: Path) -> dict[str, np.ndarray]:
+    """The arrays of `name`, from the archive that was put into the folder by hand, or downloaded.
+    UserError if that fails or the checksum is wrong."""
+    source = SOURCES[name]
+    by_hand = folder / source.archive
+    where = source.archive if by_hand.exists() else urlsplit(source.url).hostname
+    try:
+        archive = by_hand.read_bytes() if by_hand.exists() else fetch(source)
+        if source.digest(archive) != source.checksum:
+            raise ValueError("the checksum is wrong")
+        return source.read(archive)
+    except Exception as error:  # hosts and damaged archives fail in many ways
+        failure = f"{name} could not be downloaded ({where}: {reason(error)})"
+        advice = f"run again, or put the file into {folder} by hand as data/README.md says"
+        raise UserError(f"{failure}: {advice}.") from error
+
+
+def fetch(source: Source) -> bytes:
+    """The content of the archive. OSError if the host fails or ends too early."""
+    request = Request(source.url, headers={"User-Agent": "nanogen"})
+    with urlopen(request, timeout=TIMEOUT) as response:
+        total = int(response.headers.get("Content-Length") or 0)
+        with tqdm.wrapattr(response, "read", total or None, desc=source.archive) as file:
+            content = b"".join(iter(lambda: file.read(1 << 18), b""))
+    if len(content) < total:
+        raise OSError(f"the connection broke off after {len(content):,} of {total:,} bytes")
+    return content
+
+
+def members(archive: bytes, wanted: str) -> dict[str, bytes]:
+    """Files with `wanted` in their name: {name without folders: content}, sorted by name."""
+    with tarfile.open(fileobj=io.BytesIO(archive), mode="r:gz") as tar:
+        found = {member.name.rpartition("/")[2]: tar.extractfile(member).read()
+                 for member in tar if member.isfile() and wanted in member.name.rpartition("/")[2]}
+    return dict(sorted(found.items()))
+
+
+def md5(archive: bytes) -> str:
+    return hashlib.md5(archive).hexdigest()
+
+
+def wav_sha256(archive: bytes) -> str:
+    """Checksum of name and bytes of every wav: hosts re-pack such archives, the content stays."""
+    files = members(archive, ".wav")
+    return hashlib.sha256(b"".join(name.encode() + files[name] for name in files)).hexdigest()
+
+
+def read_cifar10_binary(archive: bytes) -> dict[str, np.ndarray]:
+    """The "binary version": records of a label byte and 3072 bytes, red, green, then blue."""
+    arrays, batches = {"class_names": np.array(CIFAR10.split())}, members(archive, "_batch")
+    for part, prefix in (("train", "data_batch"), ("test", "test_batch")):
+        content = b"".join(batches[name] for name in batches if name.startswith(prefix))
+        rows = np.frombuffer(content, np.uint8).reshape(-1, 3073)
+        planes = rows[:, 1:].reshape(-1, 3, 32, 32)
+        arrays[f"{part}_images"] = np.ascontiguousarray(planes.transpose(0, 2, 3, 1))
+        arrays[f"{part}_labels"] = rows[:, 0]
+    return arrays
+
+
+def read_fsdd(archive: bytes) -> dict[str, np.ndarray]:
+    """Files {digit}_{speaker}_{index}.wav. By the data set's own rule, index 0-4 is the test."""
+    files = members(archive, ".wav")
+    clips = [soundfile.read(io.BytesIO(content), dtype="int16")[0] for content in files.values()]
+    digits, speakers, indices = np.array([name[: -len(".wav")].split("_") for name in files]).T
+    speaker_names, speakers = np.unique(speakers, return_inverse=True)
+    return {"waveform": np.concatenate(clips),
+            "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
+            "digits": digits.astype(np.uint8), "speakers": speakers.astype(np.uint8),
+            "is_test": indices.astype(int) < 5,
+            "speaker_names": speaker_names, "sample_rate": np.array(8000)}
+
+
+COMMIT = "26eb9aaf76e81b692f806f9140c2d2777410d7a1"  # of v1.0.10: earlier tags lack recordings
+SOURCES = {
+    "cifar10": Source(
+        "https://www.cs.toronto.edu/~kriz/cifar-10-binary.tar.gz", "cifar-10-binary.tar.gz",
+        md5, "c32a1d4ab5d03f1284b67883e8d87530", read_cifar10_binary),
+    "fsdd": Source(
+        f"https://github.com/Jakobovski/free-spoken-digit-dataset/archive/{COMMIT}.tar.gz",
+        f"free-spoken-digit-dataset-{COMMIT}.tar.gz", wav_sha256,
+        "45a9b976ba3397a2fd5c70a9f2e43c34f442a3a6be47392ecfc41174b678f37e", read_fsdd),
+}
