@@ -1,167 +1,264 @@
-"""What a run is worth, on data that it has not seen: one function, the right numbers for each kind of chapter.
+"""The metrics of a run, on data that it has not seen: one function for all kinds of models.
 
-    generators   1,000 samples, evenly over the classes: FD-nano with its floor and ceiling, class accuracy by the judge,
-                 precision and recall, cost;  pixel_ar also bits per dimension beside PNG and its kin
-    tokenizers   reconstructions of the test pictures: PSNR, SSIM, FD-nano, class accuracy, codebook usage and perplexity
-    judges       test accuracy
-    on sounds    evaluate_sound.py has the numbers, this file the way in
-
-    python -m nanogen evaluate runs/maskgit-cifar10      -> metrics.json and a table
+    generators   samples, evenly over the conditions: FD-nano with floor and ceiling, precision and
+                 recall, accuracy by the judge, cost; an exact likelihood beside compressors
+    tokenizers   reconstructions of test images: PSNR, SSIM, FD-nano, use of the codebook; of test
+                 sounds at each bit rate: SI-SDR, mel distance, STOI, beside those of mu-law
+    judges       accuracy on the test data
 """
 
-import json
 import time
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from nanogen import UserError
+from nanogen import UserError, files
+from nanogen.audio.wave_ar import entropy_baselines, mu_law_encode
 from nanogen.blocks.quantize import usage
-from nanogen.data.datasets import Images, Sounds
-from nanogen.lab import evaluate_sound, machine
-from nanogen.lab.files import write_atomically
-from nanogen.lab.judges import accuracy, apply, unit
-from nanogen.lab.metrics import (
-    bits_per_dim,
-    frechet_distance,
-    kernel_distance,
-    lossless_bits_per_dim,
-    precision_recall,
-    psnr,
-    ssim,
-)
-from nanogen.lab.pictures import grid, to_uint8
-from nanogen.lab.prepare import load_data, to_tensor
-from nanogen.lab.runs import Run, check_kind, judge
-from nanogen.lab.sampling import sample
+from nanogen.data.datasets import Dataset
+from nanogen.judge import Judge
+from nanogen.lab import machine, metrics, sound_metrics
+from nanogen.lab.plots import grid, to_uint8
+from nanogen.lab.prepare import columns, pad, to_tensor
+from nanogen.lab.runs import Run, judge
+from nanogen.lab.sample import sample, write_samples, write_sounds
 
 
-def evaluate(run: Run, n: int = 1000, count: int | None = None, seed: int = 1, quiet: bool = False, **settings) -> dict:
-    """The metrics of a run, also written to its metrics.json. n: samples or test pictures; settings: for the sampler.
-
-    count: as in `load`, for runs that were trained on a part of the data.
-    """
-    said = [name for name, value in settings.items() if value is not None]
-    if said and not hasattr(run.model, "sample"):
-        raise UserError(f"{run.folder} is a {run.chapter}: it has nothing to sample, and no use for {' and '.join(said)}.")
-    source = load_data(run.data, count)
-    check_kind(run.chapter, run.data, type(source))
-    needed = 1 if run.chapter in ("judge", "codec") else 2  # the others' FD-nano is a distance between sets
-    if len(source.test_labels) < needed:
-        raise UserError(f"{run.data} has {len(source.test_labels)} to test with, not {needed}: add files to its classes.")
-    if run.chapter == "judge":
-        numbers = (evaluate_sound.evaluate_judge if isinstance(source, Sounds) else evaluate_judge)(run, source)
+def evaluate(run: Run, n: int = 1000, dataset: Dataset | None = None, seed: int = 1,
+             quiet: bool = False, **settings) -> dict:
+    """All metrics of a run, also written to its metrics.json. UserError where nothing can be said.
+    n: number of samples, at most `samples_to_judge` of the model, or of test examples for a
+    tokenizer. dataset: that of the run, if loaded already. settings: of the sampler."""
+    model, dataset = run.model, dataset or run.dataset()
+    settings = {name: value for name, value in settings.items() if value is not None}
+    if settings and model.kind != "generator":
+        raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample, and no use for "
+                        f"{' and '.join(settings)}.")
+    if (total := len(dataset.test[dataset.main])) < 2:
+        raise UserError(f"{dataset.name} has {total} test examples, not 2: add files.")
+    expert = run if model.kind == "judge" else None
+    if not expert and dataset.kind != "videos" and model.output == dataset.main:
+        expert = judge(dataset, run.folder.parent, quiet)
+    if model.kind == "judge":
+        test = test_columns(run, dataset)
+        result = accuracies(model, test[dataset.main], test)
+        result["test_accuracy"] = result.pop("class_accuracy")
+    elif model.kind == "generator":
+        result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:
-        expert = judge(run.data, run.folder.parent, count, quiet)
-        if run.chapter == "codec":
-            numbers = evaluate_sound.evaluate_codec(run, source, expert, n)
-        elif isinstance(source, Sounds):
-            numbers = evaluate_sound.evaluate_generator(run, source, expert, n, seed, settings)
-        elif run.chapter == "tokenizer":
-            numbers = evaluate_tokenizer(run, source, expert, n)
-        else:
-            numbers = evaluate_generator(run, source, expert, n, seed, settings)
-    numbers = rounded(numbers)
-    numbers |= {"parameters": run.config["parameters"], "minutes": run.config["minutes"], "machine": machine.describe()}
-    write_atomically(run.folder / "metrics.json", lambda path: path.write_text(json.dumps(numbers, indent=1)))
-    return numbers
+        measure = evaluate_codec if dataset.kind == "sounds" else evaluate_tokenizer
+        result = measure(run, dataset, expert.model, n)
+    result = rounded(result) | {name: run.record.get(name) for name in ("parameters", "minutes")}
+    result |= {"machine": machine.describe(), "seed": seed}
+    if expert:
+        result["judge"] = files.content_hash(expert.folder / "model.safetensors")
+    files.write_json(run.folder / "metrics.json", result)
+    return result
 
 
-def rounded(numbers: dict) -> dict:
-    """Five digits behind the point are enough, also in dicts within. What could not be measured (NaN) is left out."""
-    short = {float: lambda value: round(value, 5), dict: rounded}
-    return {name: short.get(type(value), lambda value: value)(value) for name, value in numbers.items() if value == value}
+def rounded(result: dict) -> dict:
+    """Five decimals, also in the dicts within; without what could not be measured (NaN)."""
+    return {name: rounded(value) if isinstance(value, dict) else
+            round(value, 5) if isinstance(value, float) else value
+            for name, value in result.items() if value == value}
 
 
-def evaluate_judge(run: Run, source: Images) -> dict:
-    logits = apply(run.model, to_tensor(source.test_images, run.model.config.size))
-    return {"test_accuracy": accuracy(logits, source.test_labels)}
+def accuracies(expert: Judge, examples: Tensor, wanted: dict, suffix: str = "") -> dict:
+    """How often the judge finds the labels (N,) and second labels (N,) that are in `wanted`.
+    Second labels are left out where some are of speakers that the judge does not know."""
+    result, second = {}, expert.config.second
+    if "labels" in wanted:
+        logits = apply(expert, examples)
+        result[f"class_accuracy{suffix}"] = metrics.accuracy(logits, wanted["labels"])
+    if second in wanted and wanted[second].max() < expert.config.second_classes:
+        name, logits = second.removesuffix("s"), apply(expert.second_logits, examples)
+        result[f"{name}_accuracy{suffix}"] = metrics.accuracy(logits, wanted[second])
+    return result
 
 
-def evaluate_tokenizer(run: Run, source: Images, expert: nn.Module, n: int) -> dict:
-    """PSNR and SSIM over n test pictures; usage and perplexity over all of them, since few tokens cannot use many codes."""
-    test = to_tensor(source.test_images, run.model.config.size)
-    decoded = apply(run.model.reconstruct, test[:n])
-    features, real = apply(expert.features, decoded), apply(expert.features, test[:n])
-    numbers = {
-        "psnr": psnr(decoded, unit(test[:n])), "ssim": ssim(decoded, unit(test[:n])),
-        "fd_nano": frechet_distance(features, real), "class_accuracy": accuracy(apply(expert, decoded), source.test_labels[:n]),
-        "class_accuracy_originals": accuracy(apply(expert, test[:n]), source.test_labels[:n]), "pictures": len(decoded),
-    }
-    if run.model.vocabulary:
-        indices, quantizer = apply(run.model.encode, test), run.model.quantizer
-        share, perplexity = usage(indices, run.model.vocabulary)
-        numbers |= {"codebook_usage": share, "perplexity": perplexity, "vocabulary": run.model.vocabulary}
-        for side, part in zip(quantizer.scales, quantizer.split(indices), strict=True) if hasattr(quantizer, "scales") else ():
-            numbers[f"usage_{side}x{side}"] = usage(part, run.model.vocabulary)[0]
-    sides, columns = (test[:n].permute(0, 2, 3, 1).numpy(), to_uint8(decoded)), min(10, len(decoded))
-    whole_rows = range(0, len(decoded) - columns + 1, columns)
-    pairs = np.concatenate([side[i : i + columns] for i in whole_rows[:2] for side in sides])
-    (run.folder / "samples").mkdir(exist_ok=True)
-    grid(pairs, columns).save(run.folder / "samples" / "grid.png")  # a row of originals, a row of reconstructions, twice
-    return numbers
-
-
-def evaluate_generator(run: Run, source: Images, expert: nn.Module, n: int, seed: int, settings: dict) -> dict:
-    """FD-nano of n samples against the test pictures; its floor is n training pictures, its ceiling n pictures of noise."""
-    size = run.model.config.size
-    numbers = {}
-    if hasattr(run.model, "log_likelihood"):
-        numbers |= held_out_bits(run, source, n)
-        n = min(n, 200)  # one pass per pixel is slow: that is the chapter's point
-    start = time.perf_counter()
+def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int, seed: int,
+                       settings: dict) -> dict:
+    """The cost of n samples, and with a judge their quality; they are written to RUN/samples."""
+    model = run.model
+    result = held_out_bits(run, dataset, n) if model.exact_likelihood else {}
+    n, start = min(n, model.samples_to_judge), time.perf_counter()
     drawn = sample(run, n, seed=seed, **settings)
     machine.synchronize()
-    seconds = (time.perf_counter() - start) / n
-    images = torch.from_numpy(drawn["images"]).permute(0, 3, 1, 2)
-    if size != expert.config.size:  # the judge has learned on pictures of the full size
-        images = to_tensor(drawn["images"], expert.config.size)
-    numbers |= judge_samples(images, drawn["labels"], source, expert) | {"seconds_per_picture": seconds, "samples": n}
-    sample(run, min(n, 100), seed=seed, out=run.folder / "samples", **settings)
-    return numbers | run.config["sampling"] | {name: value for name, value in settings.items() if value is not None}
+    seconds = time.perf_counter() - start
+    result |= judge_samples(drawn, dataset, expert) if expert else {}
+    name = "sound" if model.output == "waveforms" else model.output.removesuffix("s")
+    result |= {"samples": n, f"seconds_per_{name}": seconds / n}
+    if model.output == "waveforms":
+        length, real = (np.mean(counts).item() / dataset.sample_rate for counts in (
+            drawn["lengths"], [*map(len, dataset.test["waveforms"])]))
+        result |= {"seconds": length, "seconds_real": real,
+                   "seconds_per_second_of_sound": seconds / max(n * length, 1e-9)}
+    growth = sample(run, min(n, 30), seed=seed, frames=True, **settings)["frames"] \
+        if model.output == "images" else ()
+    write_samples(drawn, run, run.folder / "samples", list(growth))
+    return result | run.record["sampling"] | settings
 
 
-def judge_samples(images: Tensor, labels: np.ndarray, source: Images, expert: nn.Module) -> dict:
-    """uint8 pictures (N, 3, H, W) with the labels that were asked for -> all that the judge can say of them."""
-    n = len(images)
-    features, logits = apply(expert.features, images), apply(expert, images)
-    real = apply(expert.features, to_tensor(source.test_images, expert.config.size))
-    random = np.random.default_rng(0)
-    few = random.choice(len(source.train_images), min(n, len(source.train_images)), replace=False)
-    train = to_tensor(source.train_images[few], expert.config.size)
-    noise = torch.from_numpy(random.integers(0, 256, images.shape, dtype=np.uint8))
-    precision, recall = precision_recall(real[:n], features)
-    return {
-        "fd_nano": frechet_distance(features, real), "fd_nano_floor": frechet_distance(apply(expert.features, train), real),
-        "fd_nano_ceiling": frechet_distance(apply(expert.features, noise), real), "class_accuracy": accuracy(logits, labels),
-        "kernel_distance": kernel_distance(features, real), "precision": precision, "recall": recall,
-    }
+def judge_samples(drawn: dict[str, np.ndarray], dataset: Dataset, expert: Judge) -> dict:
+    """FD-nano of samples against the test data, its floor (as many training examples) and ceiling
+    (as much noise); KID, precision, recall, accuracies. drawn: what `sample` returns."""
+    train, test = (columns(expert, dataset, part)[dataset.main] for part in ("train", "test"))
+    n, random = len(drawn[dataset.main]), np.random.default_rng(0)
+    few = random.choice(len(train), min(n, len(train)), replace=False)
+    if dataset.kind == "images":
+        samples = to_tensor(drawn["images"], expert.config.size)
+        noise = torch.from_numpy(random.integers(0, 256, samples.shape, dtype=np.uint8))
+    else:
+        samples, generator = torch.from_numpy(drawn["waveforms"]), torch.Generator().manual_seed(0)
+        noise = test.std() * torch.randn(n, test.shape[1], generator=generator)  # as loud as speech
+    features, floor, ceiling, real = (
+        apply(expert.features, examples) for examples in (samples, train[few], noise, test))
+    precision, recall = metrics.precision_recall(real[first(n, dataset)], features)
+    return {"fd_nano": metrics.frechet_distance(features, real),
+            "fd_nano_floor": metrics.frechet_distance(floor, real),
+            "fd_nano_ceiling": metrics.frechet_distance(ceiling, real),
+            "kernel_distance": metrics.kernel_distance(features, real),
+            "precision": precision, "recall": recall} | accuracies(expert, samples, drawn)
 
 
 @torch.no_grad()
-def held_out_bits(run: Run, source: Images, n: int) -> dict:
-    """Bits per dimension of n test pictures by the model, and by compressors that learn nothing."""
-    test = to_tensor(source.test_images[:n], run.model.config.size)
-    labels = torch.from_numpy(source.test_labels[:n])
-    nats = []
-    for images, label in zip(test.split(50), labels.split(50), strict=True):
-        batch = run.model.prepare(unit(images).to(machine.device()), label.to(machine.device()))
+def held_out_bits(run: Run, dataset: Dataset, n: int) -> dict:
+    """Bits per value of n test examples by the model, and by compressors without a network."""
+    model, chosen, nats = run.model, first(n, dataset), 0.0
+    test = {name: tensor[chosen] for name, tensor in test_columns(run, dataset).items()}
+    for i in range(0, len(chosen), 50):
+        batch = {name: unit(rows[i : i + 50]).to(machine.device()) for name, rows in test.items()}
         with machine.autocast():
-            nats.append(-run.model.log_likelihood(batch["pixels"], batch["labels"]))
-    bits = bits_per_dim(torch.cat(nats).mean().item(), test[0].numel())
-    trivial = lossless_bits_per_dim(test.permute(0, 2, 3, 1).numpy())
-    return {"bits_per_dim": bits} | {f"bits_per_dim_{name}": value for name, value in trivial.items()}
+            nats -= model.log_likelihood(model.prepare(batch)).sum().item()
+    if dataset.kind == "images":
+        name, count = "bits_per_dim", test["images"].numel()
+        baselines = metrics.lossless_bits_per_dim(test["images"].permute(0, 2, 3, 1).numpy())
+    else:
+        name, count = "bits_per_sample", test["lengths"].sum().item()
+        few = every(500, len(dataset))  # enough to count
+        train = {column: rows[few] for column, rows in columns(model, dataset).items()}
+        baselines = entropy_baselines(*(cut(mu_law_encode(part["waveforms"]), part["lengths"])
+                                        for part in (train, test)))
+    return {name: metrics.bits_per_dim(nats, count)} | {
+        f"{name}_{baseline}": value for baseline, value in baselines.items()}
+
+
+def evaluate_tokenizer(run: Run, dataset: Dataset, expert: Judge, n: int) -> dict:
+    """Reconstructions of n test images. The use of the codebook is that of all test images."""
+    model, test = run.model, columns(run.model, dataset, "test")["images"]
+    wanted = {name: dataset.test[name][:n] for name in expert.columns}
+    tokens = apply(model.encode, test if model.codebook_size else test[:n])
+    originals, decoded = test[:n], apply(model.decode, tokens[:n])
+    real, features = (apply(expert.features, images) for images in (originals, decoded))
+    result = {"psnr": metrics.psnr(decoded, unit(originals)), "images": len(decoded),
+              "ssim": metrics.ssim(decoded, unit(originals)),
+              "fd_nano": metrics.frechet_distance(features, real)}
+    result |= accuracies(expert, originals, wanted, "_originals")
+    if size := model.codebook_size:
+        fraction, perplexity = usage(tokens, size)
+        result |= {"codebook_usage": fraction, "perplexity": perplexity, "codebook_size": size}
+    sides, width = (originals.permute(0, 2, 3, 1).numpy(), to_uint8(decoded)), min(10, len(decoded))
+    rows = [side[i : i + width] for i in (0, width)[: len(decoded) // width] for side in sides]
+    grid(np.concatenate(rows), width).save(files.make_folder(run.folder / "samples") / "grid.png")
+    return result | accuracies(expert, decoded, wanted)
+
+
+def evaluate_codec(run: Run, dataset: Dataset, expert: Judge, n: int) -> dict:
+    """Reconstructions of n test sounds at each bit rate. The highest gives the main metrics."""
+    model, chosen = run.model, first(n, dataset)
+    waveforms, lengths = pad([dataset.test["waveforms"][i] for i in chosen])
+    wanted = {name: dataset.test[name][chosen] for name in expert.columns}
+    tokens = apply(model.encode, waveforms, 50)  # (N, frames, codebooks)
+    result = {"clips": len(waveforms), "kbps": model.kbps()}
+    result |= accuracies(expert, waveforms, wanted, "_originals")
+    shown, half = {"original": waveforms}, model.codebooks // 2
+    for used in range(1, model.codebooks + 1):
+        kbps = model.kbps(used)
+        decoded = apply(model.decode, tokens[..., :used], 50)[:, : waveforms.shape[1]]
+        copies, (rate, bits) = sound_metrics.mu_law(waveforms.numpy(), kbps)
+        baseline = torch.from_numpy(copies)
+        best = judge_copies(waveforms, decoded, lengths, wanted, expert)
+        mu_law = judge_copies(waveforms, baseline, lengths, wanted, expert)
+        mu_law |= {"samples_per_second": rate, "bits_per_sample": bits}
+        result[f"at {kbps:g} kbit/s"] = best | {"mu_law": mu_law}
+        if used in (1, half, model.codebooks):
+            shown |= {f"codec {kbps:g} kbps": decoded, f"mu-law {kbps:g} kbps": baseline}
+    frames = torch.arange(tokens.shape[1]) < (-(-lengths // model.hop))[:, None]  # without padding
+    for k in range(model.codebooks):
+        fraction, perplexity = usage(tokens[..., k][frames], model.codebook_size)
+        result[f"codebook {k + 1}"] = {"usage": fraction, "perplexity": perplexity}
+    sounds = {f"{i:03}_{version.replace(' ', '_')}": rows[i, : lengths[i]].numpy()
+              for i in every(6, len(lengths)) for version, rows in shown.items()}
+    names, folder = list(sounds), files.make_folder(run.folder / "samples")
+    write_sounds(list(sounds.values()), names, names, folder, columns=len(shown))
+    # Speed on one recording of up to ten seconds, in float32 as the command `encode` computes.
+    clip = torch.cat(cut(waveforms, lengths))[None, : 10 * dataset.sample_rate].to(machine.device())
+    seconds, tokens = clip.shape[1] / dataset.sample_rate, model.encode(clip)
+    factor, name = sound_metrics.real_time_factor, "real_time_factor_one_thread"
+    return result | best | {f"encode_{name}": factor(lambda: model.encode(clip), seconds),
+                            f"decode_{name}": factor(lambda: model.decode(tokens), seconds)}
+
+
+def judge_copies(originals: Tensor, copies: Tensor, lengths: Tensor, wanted: dict,
+                 expert: Judge) -> dict:
+    """Metrics of copies (N, T) of sounds; STOI of all of them joined, as one is too short."""
+    copies = copies * (torch.arange(copies.shape[1]) < lengths[:, None])  # silence in the padding
+    clips = [[clip.numpy() for clip in cut(rows, lengths)] for rows in (originals, copies)]
+    joined = [np.concatenate(part) for part in clips]
+    result = {"si_sdr": np.mean(list(map(sound_metrics.si_sdr, *clips))).item(),
+              "mel_distance": sound_metrics.mel_distance(*joined)}
+    if len(joined[0]) > sound_metrics.SAMPLE_RATE:
+        result["stoi"] = sound_metrics.stoi(*joined)
+    return result | accuracies(expert, copies, wanted)
+
+
+@torch.no_grad()
+def apply(function, examples: Tensor, batch_size: int = 500) -> Tensor:
+    """function(examples) in batches, on the CPU. examples: (N, ...), images also uint8 (`unit`)."""
+    with machine.autocast():
+        return torch.cat([function(unit(part).to(machine.device())).cpu()
+                          for part in examples.split(batch_size)])
+
+
+def unit(examples: Tensor) -> Tensor:
+    """Images as uint8 -> float in [-1, 1]; anything else stays as it is."""
+    return examples.float() / 127.5 - 1 if examples.dtype == torch.uint8 else examples
+
+
+def test_columns(run: Run, dataset: Dataset) -> dict[str, Tensor]:
+    """The test data; speakers without a training example become the null class."""
+    test = columns(run.model, dataset, "test")
+    if "speakers" in test:
+        known = torch.isin(test["speakers"], torch.from_numpy(dataset.train["speakers"]))
+        test["speakers"] = test["speakers"].where(known, dataset.classes("speakers"))
+    return test
+
+
+def every(n: int, total: int) -> list[int]:
+    """n of the numbers below total, or all of them, evenly spaced."""
+    return np.linspace(0, total - 1, min(n, total)).astype(int).tolist()
+
+
+def first(n: int, dataset: Dataset) -> list[int]:
+    """n of the test examples, or all: the first images; sounds, which are sorted, evenly spaced."""
+    total = len(dataset.test[dataset.main])
+    return every(n, total) if dataset.kind == "sounds" else list(range(min(n, total)))
+
+
+def cut(rows: Tensor, lengths: Tensor) -> list[Tensor]:
+    """Padded rows (N, T) -> clips of their own lengths."""
+    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist(), strict=True)]
 
 
 def table(rows: list[dict]) -> str:
-    """Dicts with the same kind of keys -> aligned text, one line each."""
+    """Dicts with the same kind of keys -> a table in Markdown, its columns aligned."""
     names = list(dict.fromkeys(name for row in rows for name in row))
     cells = [names] + [[show(row.get(name, "")) for name in names] for row in rows]
-    widths = [max(len(line[i]) for line in cells) for i in range(len(names))]
-    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)) for line in cells)
+    widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+    cells.insert(1, ["-" * width for width in widths])
+    return "\n".join(f"| {' | '.join(map(str.ljust, line, widths))} |" for line in cells)
 
 
 def show(value) -> str:
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-

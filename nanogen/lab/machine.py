@@ -11,17 +11,19 @@ import time
 import torch
 
 from nanogen import UserError
+from nanogen.files import reason
 
 
 @functools.cache
 def device() -> torch.device:
-    """CUDA if there is a GPU, then Apple's MPS, else the CPU. NANOGEN_DEVICE=cpu (or cuda, mps) overrides the choice."""
+    """CUDA if there is a GPU, then Apple's MPS, else the CPU. NANOGEN_DEVICE=cpu (or cuda, mps, as
+    --device sets it) overrides the choice."""
     if wanted := os.environ.get("NANOGEN_DEVICE"):
         try:
             return torch.empty(0, device=wanted).device
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts
-            reason = str(error).splitlines()[0]
-            raise UserError(f"NANOGEN_DEVICE={wanted} is nothing that torch can use here ({reason}).") from error
+            raise UserError(f"NANOGEN_DEVICE={wanted} is no device that torch can use here "
+                            f"({reason(error)}).") from error
     if torch.cuda.is_available():
         return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
     return torch.device("mps" if torch.backends.mps.is_available() else "cpu")
@@ -29,27 +31,27 @@ def device() -> torch.device:
 
 @functools.cache
 def precision() -> torch.dtype:
-    """bfloat16 where this machine's matrix products run at least 1.2 times faster in it, else float32.
-
-    Measured in a few milliseconds, not looked up: on a CPU the answer depends on AVX512-BF16 and AMX.
-    NANOGEN_PRECISION=float32 or bfloat16 overrides the measurement.
-    """
+    """bfloat16 where matrix products run at least 1.2 times faster in it here, else float32.
+    Measured, not looked up: on a CPU the answer depends on AVX512-BF16 and AMX.
+    NANOGEN_PRECISION=float32 or bfloat16 overrides the measurement."""
     if wanted := os.environ.get("NANOGEN_PRECISION"):
         if wanted not in ("float32", "bfloat16"):
             raise UserError(f"NANOGEN_PRECISION must be float32 or bfloat16, got {wanted}.")
         return getattr(torch, wanted)
     if device().type == "mps":
         return torch.float32
-    side = 1024 if device().type == "cpu" else 4096  # on a GPU, small products take as long as it takes to ask for them
-    operands = {dtype: torch.ones(side, side, device=device(), dtype=dtype) for dtype in (torch.float32, torch.bfloat16)}
+    side = 1024 if device().type == "cpu" else 4096  # small products would measure the call
+    operands = {dtype: torch.ones(side, side, device=device(), dtype=dtype)
+                for dtype in (torch.float32, torch.bfloat16)}
     best = dict.fromkeys(operands, float("inf"))
-    for _ in range(20):  # in turn, and the fastest of each counts: other programs on the machine only ever add time
+    for _ in range(20):  # the fastest of each counts: other programs can only add time
         for dtype, a in operands.items():
             start = time.perf_counter()
             a @ a
             synchronize()
             best[dtype] = min(best[dtype], time.perf_counter() - start)
-    return torch.bfloat16 if best[torch.float32] > 1.2 * best[torch.bfloat16] else torch.float32
+    faster = best[torch.float32] > 1.2 * best[torch.bfloat16]
+    return torch.bfloat16 if faster else torch.float32
 
 
 def autocast(dtype: torch.dtype | None = None) -> torch.autocast:
@@ -67,7 +69,7 @@ def synchronize() -> None:
 
 
 def describe() -> str:
-    """The hardware, as it stands beside every number: 'x86_64 CPU, 2 threads, bfloat16, torch 2.13.0'."""
+    """The hardware beside every result: "x86_64 CPU, 2 threads, bfloat16, torch 2.13.0"."""
     if device().type == "cuda":
         name = torch.cuda.get_device_name(device())
     elif device().type == "cpu":

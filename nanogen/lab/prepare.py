@@ -1,138 +1,114 @@
-"""From a data set to the tensors that a chapter trains on: pixels, waveforms, or tokens and latents encoded once.
+"""From a data set to the tensors that a model trains on: images, sounds, or what `prepare` makes.
 
-    pictures   "images" uint8 (N, 3, size, size), "labels" (N,)
-    sounds     "waveforms" float32 (N, T) in [-1, 1], zero-padded, "lengths" (N,) in samples, "labels", "speakers" (N,)
-    a tape     "waveforms" float32 (N, 8192): all clips end to end, for a codec, which never sees where one ends
+    images     uint8 (N, 3, size, size)       labels, speakers   int64 (N,)
+    videos     uint8 (N, T, 3, size, size)    prompts            int64 (N, L), characters
+    waveforms  float32 (N, T) in [-1, 1], padded with zeros, and lengths (N,) in samples;
+               or (N, 8192), all recordings joined end to end, for a `concatenated` model
 
-A model with `prepare` turns batches of them into what its loss wants. If a tokenizer or codec did that, the result is kept
-in its folder, so that the next chapter that stands on it starts at once.
+What a tokenizer or codec encoded is kept in its folder, so that the next training starts at once.
 """
 
 import contextlib
-import functools
-import hashlib
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from nanogen import UserError
-from nanogen.data import datasets
-from nanogen.data.datasets import Images, Sounds
+from nanogen.data.datasets import Dataset
+from nanogen.files import content_hash, fingerprint, write_atomically
 from nanogen.lab import machine
-from nanogen.lab.files import content_hash, contiguous, write_atomically
-from nanogen.lab.train import join_processes
+from nanogen.method import Method
 
-ROW = 8192  # samples in a row of a tape: about a second
-
-
-def load_data(data: str, count: int | None = None) -> Images | Sounds:
-    """datasets.load, remembering the last two: a command asks for the same data several times."""
-    return remembered(str(data), datasets.data_folder(), count)
+ROW = 8192  # samples in a row of joined recordings: about a second
 
 
-@functools.lru_cache(maxsize=2)
-def remembered(data: str, folder: Path, count: int | None) -> Images | Sounds:
-    return datasets.load(data, count=count)  # `folder` only tells what is remembered apart
-
-
-def prepared(model: nn.Module, source: Images | Sounds, config, flip: bool, base=None) -> dict[str, Tensor]:
-    """What `prepare` gives. If a tokenizer or codec made it, it is kept in that run's folder. base: the Run underneath."""
-    if base is None or base.chapter not in ("tokenizer", "codec"):
-        return prepare(model, source, config, flip, base)
-    path = base.folder / f"encoded-{fingerprint(source, config, flip, content_hash(base.folder))}.safetensors"
-    try:
-        tensors = load_file(path)
-    except Exception:  # absent or damaged: encoding takes a minute, so no question is asked
-        tensors = prepare(model, source, config, flip, base)
-        if join_processes()[0] == 0:
-            with contextlib.suppress(UserError):  # not kept, then
-                write_atomically(path, lambda path: save_file(contiguous(tensors), path))
-    if "latents" in tensors:
-        model.measure(tensors["latents"])
+def prepare(model: Method, dataset: Dataset, flip: bool, base: Path | None = None,
+            keep: bool = True) -> dict[str, Tensor]:
+    """The training data as the model's `loss` wants it, on the CPU.
+    flip: what is encoded is encoded mirrored, too (the loop mirrors plain images by itself).
+    base: the folder of the tokenizer or codec that encodes; the result is kept there if `keep`."""
+    path, tensors = None, None
+    if base and model.encodes and not model.examples:
+        fields = [getattr(model.config, name) for name in model.encoding_fields]
+        weights = content_hash(base / "model.safetensors")
+        key = fingerprint(dataset.fingerprint, fields, flip, weights)
+        path = base / f"encoded-{key}.safetensors"
+        with contextlib.suppress(Exception):  # missing or damaged: encode again
+            tensors = load_file(path)
+    if tensors is None:
+        tensors = columns(model, dataset)
+        tensors = encode(model, tensors, flip) if model.encodes else tensors
+        if path and keep:
+            with contextlib.suppress(UserError):  # the folder may be read-only
+                write_atomically(path, lambda path: save_file(tensors, path))
+    model.measure(tensors)
     return tensors
 
 
-def fingerprint(source: Images | Sounds, config, flip: bool, base: str) -> str:
-    """16 digits that change with whatever changes the encoded tensors: the data, and the run `base` that encodes it."""
-    key = hashlib.sha256(base.encode())
-    if isinstance(source, Sounds):  # chains over sound differ in what they ask of the codec
-        key.update(repr([getattr(config, name, None) for name in ("pattern", "books", "seconds")]).encode())
-        arrays = (*source.train_waveforms, source.train_labels, source.train_speakers)
-    else:
-        key.update(bytes([flip]))
-        arrays = (source.train_images, source.train_labels)
-    for array in arrays:
-        key.update(np.ascontiguousarray(array))
-    return key.hexdigest()[:16]
-
-
 @torch.no_grad()
-def prepare(model: nn.Module, source: Images | Sounds, config, flip: bool = True, base=None) -> dict[str, Tensor]:
-    """The training data as the model wants it, on the CPU; with `flip`, what is encoded is encoded mirrored, too."""
-    if isinstance(source, Sounds):
-        return prepare_sounds(model, source, config)
-    images = to_tensor(source.train_images, config.size)
-    labels = torch.from_numpy(source.train_labels)
-    if getattr(config, "second", 0):
-        return {"images": images, "labels": labels, "second": torch.from_numpy(source.truth["train_background"])}
-    if not hasattr(model, "prepare") or getattr(model, "tokenizer", []) == [None]:  # the chapter stands on nothing this time
-        return {"images": images, "labels": labels}
-    if base and base.chapter == "flow":  # pairs are drawn, not encoded: as many as asked, of labels as in the data, none mirrored
-        some = torch.randint(len(labels), (config.reflow_pairs,))
-        images, labels, flip = images[some], labels[some], False
+def encode(model: Method, raw: dict[str, Tensor], flip: bool) -> dict[str, Tensor]:
+    """Batch by batch, the result of the model's `prepare`, on the CPU."""
+    count = len(next(iter(raw.values())))
+    if model.examples:  # made from examples drawn at random, not one for each
+        chosen = torch.randint(count, (model.examples,))
+        raw, flip = {name: tensor[chosen] for name, tensor in raw.items()}, False
     model.to(machine.device())
+    size = 100 if "waveforms" in raw else 500
     parts: dict[str, list[Tensor]] = {}
-    for mirrored in (False, True) if flip else (False,):
-        for x, y in zip(images.split(500), labels.split(500), strict=True):
-            x = (x.flip(-1) if mirrored else x).to(machine.device()).float() / 127.5 - 1
+    for mirrored in (False, True) if flip and "images" in raw else (False,):
+        for rows in zip(*(tensor.split(size) for tensor in raw.values()), strict=True):
+            batch = dict(zip(raw, (row.to(machine.device()) for row in rows), strict=True))
+            if "images" in batch:
+                images = batch["images"].flip(-1) if mirrored else batch["images"]
+                batch["images"] = images.float() / 127.5 - 1
             with machine.autocast():
-                for name, tensor in model.prepare(x, y.to(machine.device())).items():
-                    parts.setdefault(name, []).append(tensor.cpu())
+                for name, tensor in model.prepare(batch).items():
+                    parts.setdefault(name, []).append(tensor.cpu().contiguous())
     return {name: torch.cat(tensors) for name, tensors in parts.items()}
 
 
-def to_tensor(images, size: int) -> Tensor:
+def columns(model: Method, dataset: Dataset, part: str = "train") -> dict[str, Tensor]:
+    """The main column of one part, "train" or "test", and the others that the model asks for."""
+    values = getattr(dataset, part)
+    if model.concatenated:
+        return {"waveforms": concatenate(values["waveforms"])}
+    if dataset.kind == "sounds":
+        seconds = getattr(model.config, "seconds", None)  # longer clips are cut there
+        limit = int(seconds * dataset.sample_rate) if seconds else None
+        waveforms, lengths = pad([clip[:limit] for clip in values["waveforms"]])
+        tensors = {"waveforms": waveforms, "lengths": lengths}
+    elif dataset.kind == "images":
+        tensors = {"images": to_tensor(values["images"], model.config.size)}
+    else:
+        tensors = {"videos": torch.from_numpy(values["videos"]).permute(0, 1, 4, 2, 3)}
+    for name in model.columns:
+        column = values[name]
+        is_text = len(column) > 0 and isinstance(column[0], str)
+        tensors[name] = encode_text(column) if is_text else torch.from_numpy(column)
+    return tensors
+
+
+def encode_text(texts: list[str]) -> Tensor:
+    """Texts -> their Unicode code points, int64 (N, longest), padded with 0."""
+    rows = [torch.tensor([ord(character) for character in text]) for text in texts]
+    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
+
+
+def to_tensor(images: np.ndarray, size: int) -> Tensor:
     """uint8 (N, H, W, 3) -> uint8 (N, 3, size, size), by area average where the size differs."""
     tensor = torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
     if tensor.shape[-1] == size:
         return tensor
-    return torch.cat([F.interpolate(part.float(), size, mode="area").round().byte() for part in tensor.split(2000)])
-
-
-# ---- sounds
-
-
-def prepare_sounds(model: nn.Module, source: Sounds, config) -> dict[str, Tensor]:
-    """Clips or a tape as they are, or what the model's `prepare` makes of the clips."""
-    if getattr(model, "tape", False):
-        return {"waveforms": tape(source.train_waveforms)}
-    clips = sound_tensors(source, "train", getattr(config, "seconds", None))
-    if not hasattr(model, "prepare"):
-        return clips
-    model.to(machine.device())
-    parts: dict[str, list[Tensor]] = {}
-    for rows in zip(*(tensor.split(100) for tensor in clips.values()), strict=True):
-        with machine.autocast():
-            for name, tensor in model.prepare(*(row.to(machine.device()) for row in rows)).items():
-                parts.setdefault(name, []).append(tensor.cpu())
-    return {name: torch.cat(tensors) for name, tensors in parts.items()}
-
-
-def sound_tensors(source: Sounds, part: str = "train", seconds: float | None = None) -> dict[str, Tensor]:
-    """The clips of one part, "train" or "test", as the four tensors above. seconds: longer clips are cut there."""
-    clips = getattr(source, f"{part}_waveforms")
-    limit = int(seconds * source.sample_rate) if seconds else max(map(len, clips))
-    waveforms, lengths = pad([clip[:limit] for clip in clips])
-    labels, speakers = (torch.from_numpy(getattr(source, f"{part}_{what}")) for what in ("labels", "speakers"))
-    return {"waveforms": waveforms, "lengths": lengths, "labels": labels, "speakers": speakers}
+    parts = (F.interpolate(part.float(), size, mode="area") for part in tensor.split(2000))
+    return torch.cat([part.round().byte() for part in parts])
 
 
 def pad(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
-    """Clips, each (T,) -> float32 (N, longest), zero-padded, and their lengths int64 (N,) in samples."""
+    """Clips, each (T,) -> float32 (N, longest), padded with zeros, and their lengths int64 (N,)."""
     lengths = torch.tensor([len(clip) for clip in clips])
     waveforms = torch.zeros(len(clips), int(lengths.max()))
     for row, clip in zip(waveforms, clips, strict=True):
@@ -140,8 +116,8 @@ def pad(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     return waveforms, lengths
 
 
-def tape(clips: list[np.ndarray]) -> Tensor:
-    """All clips end to end, in rows: float32 (N, ROW). What is left at the end is dropped, unless it is all there is."""
+def concatenate(clips: list[np.ndarray]) -> Tensor:
+    """All clips end to end, in rows: float32 (N, ROW). The rest is dropped, if it is not all."""
     whole = np.concatenate(clips)
     if len(whole) < ROW:
         whole = np.pad(whole, (0, ROW - len(whole)))

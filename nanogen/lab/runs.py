@@ -1,42 +1,40 @@
-"""Runs: a chapter, a data set and a budget become a folder, and a folder becomes a trained model again.
+"""Runs: a method, a data set and a budget become a folder, and a folder becomes a model again.
 
-    run = train_run("maskgit", "cifar10", {"minutes": 10})     # trains the tokenizer underneath first, if it is missing
-    run = load_run("runs/maskgit-cifar10")                     # later, anywhere
-    run.model.sample(labels, guidance=3.0)
+    run = train_run("maskgit", "cifar10", {"minutes": 10})  # trains the tokenizer first, if missing
+    run = load_run("runs/maskgit-cifar10")                  # later, anywhere
+    images = run.sample(16, label="horse", guidance=3.0)    # uint8 (16, 32, 32, 3)
 
-    runs/<chapter>-<data>/   config.json  model.safetensors (averaged weights)  state.pt (to resume)
-                             log.jsonl  metrics.json  samples/
+    runs/<method>-<data>/   config.json  model.safetensors (EMA weights)  state.pt (to resume)
+                            log.jsonl  metrics.json  samples/  base/ (its tokenizer, if any)
 
-What works for which data set stands beside each chapter, as <chapter>.json: its *recipes*, with the numbers that they
-gave on a named machine.
+`train_run` checks all that is cheap to check and loads the data, `plan` lists the trainings that
+are missing, required ones first, and `train_job` does one of them.
 """
 
 import dataclasses
+import functools
 import json
-import os
+import shutil
 import time
-import typing
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
 
 from nanogen import UserError
-from nanogen.audio import audio_lm, codec, wave_ar
-from nanogen.data.datasets import Images, Sounds, kind_of, resolved, whole
-from nanogen.data.folders import PICTURE_FILES, find_classes
-from nanogen.image import flow, mar, maskgit, meanflow, pixel_ar, token_ar, tokenizer, var
-from nanogen.lab import judges, machine
-from nanogen.lab.files import content_hash, contiguous, make_folder, write_atomically
-from nanogen.lab.prepare import load_data, prepare, prepared, to_tensor  # noqa: F401 (notebooks take all of it from here)
-from nanogen.lab.train import Training, check_options, draw_batch, join_processes, train
+from nanogen.data.datasets import Dataset, data_folder, kind_of, load, resolved, whole
+from nanogen.files import content_hash, explained, make_folder, write_atomically, write_json
+from nanogen.lab import machine
+from nanogen.lab.prepare import prepare
+from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
+from nanogen.lab.sample import sample
+from nanogen.lab.train import Training, check_batch, draw_batch, join_processes, read_state, train
+from nanogen.method import METHODS, Method, Requirement, find
 
-AUDIO = {"wave_ar": wave_ar, "codec": codec, "audio_lm": audio_lm}
-CHAPTERS = {"pixel_ar": pixel_ar, "tokenizer": tokenizer, "token_ar": token_ar, "maskgit": maskgit, "var": var, "mar": mar,
-            "flow": flow, "meanflow": meanflow, **AUDIO, "judge": judges}
+WEIGHTS, RECORD = "model.safetensors", "config.json"
+BAD = ValueError, ArithmeticError, LookupError, RuntimeError  # what bad settings can raise
 
 
 @dataclass
@@ -44,293 +42,307 @@ class Run:
     """A trained model and how it came to be."""
 
     folder: Path
-    chapter: str
-    data: str
-    model: nn.Module
-    config: dict  # everything in config.json
+    method: str
+    model: Method
+    record: dict  # everything in config.json
 
     @property
-    def class_names(self) -> list[str]:
-        return self.config["class_names"]
+    def names(self) -> dict[str, list[str]]:
+        """The classes of each condition: {"labels": [...]}; "" for a voice left out of training."""
+        return self.record["names"]
 
-    @property
-    def speaker_names(self) -> list[str]:
-        """Of sounds: the voices that it has learned, by number, "" where nobody was heard. Of pictures: none."""
-        return self.config.get("speaker_names", [])
+    def dataset(self) -> Dataset:
+        """The data set of this run. UserError if it is no longer what the run was trained on."""
+        data = self.record["data"]
+        dataset = remembered(data["origin"], data["count"], data_folder())
+        check_data(self.folder, self.record, dataset)
+        return dataset
 
-    def read_json(self, name: str) -> dict:
-        path = self.folder / name
-        return json.loads(path.read_text()) if path.exists() else {}
-
-
-def recipes(chapter: str) -> dict:
-    """data set -> recipe name -> {"training", "config", "sampling", "expected"}, from the JSON beside the chapter."""
-    path = Path(CHAPTERS[chapter].__file__).with_suffix(".json")
-    return json.loads(path.read_text())
-
-
-def find_recipe(chapter: str, data: str, name: str = "first look") -> dict:
-    """The recipe for a data set; a folder of one's own is treated like cifar10, or like fsdd if it holds sounds."""
-    if chapter not in CHAPTERS:
-        raise UserError(f"There is no chapter {chapter!r}: choose from {', '.join(CHAPTERS)}.")
-    known = recipes(chapter)
-    found = known.get(whole(data)) or known["fsdd" if for_sounds(chapter, data) else "cifar10"]
-    if name not in found:
-        raise UserError(f"{chapter} has no recipe {name!r} for {data}: choose from {', '.join(found)}.")
-    return found[name]
+    def sample(self, n: int = 16, seed: int = 0, **settings):
+        """Draw n images uint8 (n, H, W, 3), videos uint8 (n, T, H, W, 3) or a list of n waveforms.
+        settings: conditions by their singular (label="horse", speaker=["theo", "lucas"]), and
+        settings of the sampler (steps, guidance, ...). Raises UserError for what does not exist."""
+        conditions = {}
+        for name in self.model.conditions:
+            if (said := settings.pop(name.removesuffix("s"), None)) is not None:
+                conditions[name] = said if isinstance(said, list | tuple) else [said]
+        drawn = sample(self, n, conditions, seed, **settings)
+        if self.model.output == "waveforms":
+            pairs = zip(drawn["waveforms"], drawn["lengths"], strict=True)
+            return [waveform[:length] for waveform, length in pairs]
+        return drawn[self.model.output]
 
 
-def for_sounds(chapter: str, data: str) -> bool:
-    """Does it learn from sounds? Chapters know; a judge learns from whatever is in the folder."""
-    own = Path(data).expanduser()
-    return chapter in AUDIO or (chapter == "judge" and own.is_dir() and not find_classes(own, PICTURE_FILES))
+@functools.lru_cache(maxsize=2)
+def remembered(origin: str, count: int | None, folder: Path) -> Dataset:
+    """`load`, remembering the last two. In another `folder`, the same name is other data."""
+    return load(origin, count=count)
 
 
-def usual_data(chapter: str) -> str:
-    """The data set to take where none is named."""
-    return "fsdd" if chapter in AUDIO else "cifar10"
+# ---- training
+
+@dataclass
+class Job:
+    """One training, completely decided."""
+
+    method: str
+    folder: Path
+    config: object
+    training: Training
+    sampling: dict
+    begun: bool  # the folder has a state to go on with
+    requirement: Requirement | None
+    base: Path | None  # the folder of the required run
 
 
-def check_kind(chapter: str, data: str, kind: type | None) -> None:
-    """Refuse to look at sounds, or to listen to pictures. kind: Images or Sounds; None: not known yet."""
-    if chapter in AUDIO and kind is Images:
-        raise UserError(f"{data} holds pictures, but {chapter} needs sounds: say fsdd, voices or a folder of your own.")
-    if chapter not in (*AUDIO, "judge") and kind is Sounds:
-        raise UserError(f"{data} holds sounds, but {chapter} needs pictures: say cifar10, scenes or a folder of your own.")
+def train_run(method: str, data: str | Path | Dataset | None = None, overrides: dict | None = None,
+              folder: str | Path | None = None, recipe: str = "default", resume: bool = False,
+              quiet: bool = False, budget: dict | None = None) -> Run:
+    """Train a method on a data set and leave a run folder, runs/<method>-<data> unless told.
+    data: a name, a folder or a Dataset; cifar10 or fsdd unless told. overrides: fields of the
+    method's Config or of Training. resume: go on with an interrupted run; its network stays as it
+    is, and `overrides` may change the other settings of the training. A finished one is loaded,
+    unless minutes or steps are given. budget: minutes or steps for this run and those that it
+    requires, except judges. UserError for what the caller can mend."""
+    if method not in METHODS:
+        raise UserError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
+    kind = find(method).Model.data
+    overrides = (overrides or {}) | (budget or {})
+    if not isinstance(data, Dataset):
+        data = resolved(data or ("fsdd" if kind == "sounds" else "cifar10"))
+        check_kind(method, data, kind_of(data))
+    name = data.name if isinstance(data, Dataset) else Path(data).name
+    folder = Path(folder or Path("runs") / run_name(method, name, overrides))
+    record = begun(folder, method, name, overrides, resume)
+    if record and (folder / WEIGHTS).exists() and not overrides.keys() & {"minutes", "steps"}:
+        return load_run(folder)
+    if isinstance(data, str) and (kind := kind_of(data) or kind) != "any":
+        early = record or find_recipe(method, data, kind, recipe)
+        make_config(method, early, overrides, {})  # bad settings fail before the data is loaded
+    dataset = data if isinstance(data, Dataset) else load(data)
+    check_kind(method, dataset.origin, dataset.kind)
+    if record:
+        check_data(folder, record, dataset)
+    settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
+    jobs = plan(method, dataset, settings, overrides, folder, record, recipe, budget or {})
+    if join_processes()[1] > 1:
+        dist.barrier()  # every process has read the folders before the first one writes
+    for job in jobs:
+        if job.folder != folder and not quiet:
+            print(f"{method} requires {job.folder}, which is trained first.", flush=True)
+        run = train_job(job, dataset, quiet)
+    return run
 
 
-def train_run(chapter: str, data: str | None = None, overrides: dict | None = None, folder: str | Path | None = None,
-              recipe: str = "first look", resume: bool = False, count: int | None = None, quiet: bool = False) -> Run:
-    """Train a chapter on a data set and leave a run folder, runs/<chapter>-<data> unless told.
+def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
+    """The record of the run in this folder, if it may go on like this; None: the folder is free."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out.")
+    if not (folder / RECORD).exists():
+        return None
+    if not resume:
+        raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts "
+                        "another run, or delete it.")
+    record = read_record(folder)
+    if (there := (record["method"], record["data"]["name"])) != (method, data):
+        raise UserError(f"{folder} is a {' on '.join(there)}, not a {method} on {data}: choose "
+                        "another --out.")
+    fixed = record["config"] | {name: record["training"][name] for name in ("optimizer", "seed")}
+    for name, value in overrides.items():
+        if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples
+            raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: "
+                            "--out DIR starts another run.")
+    if (folder / WEIGHTS).exists() and not (folder / "state.pt").exists() \
+            and overrides.keys() & {"minutes", "steps"}:
+        raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: "
+                        "choose another --out.")
+    return record
 
-    data: cifar10 for pictures and fsdd for sounds unless told. overrides: fields of the chapter's Config or of Training.
-    resume: go on where an interrupted run stopped, the network as it is, with what overrides change of the training; a
-    finished one is simply loaded, unless there are more minutes or steps. count: use only so many pictures or sounds. Raises
-    UserError for what the caller can mend.
-    """
-    data = resolved(data or usual_data(chapter))
-    settings = find_recipe(chapter, data, recipe)
-    folder = Path(folder or Path("runs") / run_name(chapter, data, overrides or {}))
-    overrides = dict(overrides or {})
+
+def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder: Path,
+         record: dict | None, recipe: str, budget: dict) -> list[Job]:
+    """The trainings that are missing for this run, the required ones first."""
+    jobs: list[Job] = []
+    while True:  # from a run to the run that it requires
+        config, training = make_config(method, settings, overrides, facts(dataset))
+        check_batch(training, len(dataset))
+        need = find(method).Model.requires(config)
+        base = base_folder(folder, dataset, need) if need else None
+        jobs.insert(0, Job(method, folder, config, training, settings["sampling"],
+                           record is not None, need, base))
+        if need is None:
+            return jobs
+        record = read_record(base) if (base / RECORD).exists() else None
+        if record:
+            check_base(base, record, need, dataset)
+        if (base / WEIGHTS).exists():
+            return jobs
+        method, folder, overrides = need.method, base, {} if record else need.config
+        if not record and find(method).Model.kind != "judge":
+            overrides = overrides | budget
+        settings = record or required_recipe(need, dataset.origin, dataset.kind, recipe)
+
+
+def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
+    """Build the model, prepare its data, train it, and write the run's folder."""
     rank, world = join_processes()
-    exists = (folder / "config.json").exists()
-    if world > 1:
-        dist.barrier()  # all have looked before the first one writes
-    if exists:
-        if not resume:
-            raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts another, or delete it.")
-        settings = read_config(folder)
-        if (settings["chapter"], resolved(settings["data"])) != (chapter, data):
-            there = f"{settings['chapter']} on {settings['data']}"
-            raise UserError(f"{folder} is a {there}, not a {chapter} on {data}: choose another --out.")
-        fixed = settings["config"] | {name: settings["training"].get(name) for name in ("optimizer", "seed")}
-        for name, value in overrides.items():
-            if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has lists for tuples
-                raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: --out DIR starts another.")
-        if (folder / "model.safetensors").exists():
-            if not overrides.keys() & {"minutes", "steps"}:
-                return load_run(folder)
-            if not (folder / "state.pt").exists():  # training would begin anew, and overwrite what is finished
-                raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: choose another --out.")
-    check_kind(chapter, data, kind_of(data))  # before anything is downloaded
-    source = load_data(data, count)
-    check_kind(chapter, data, type(source))
-    config, training = make_config(chapter, settings, overrides, source)
-    base = base_run(chapter, config, data, folder, count, quiet)
-    torch.manual_seed(training.seed)
-    model = build(chapter, config, base)
-    if chapter == "tokenizer" and config.perceptual:
-        model.eye.append(eye(data, folder, count, quiet))
-    tensors = prepared(model, source, config, training.flip, base)
-    if not exists:
-        try_out(model, tensors, chapter, training)
+    base = load_run(job.base) if job.base else None
+    torch.manual_seed(job.training.seed)
+    model = build(job.method, job.config, base)
+    encoder = base.folder if base and base.model.kind == "tokenizer" else None
+    tensors = prepare(model, dataset, job.training.flip, encoder, keep=rank == 0)
+    if job.begun:
+        read_state(job.folder)  # refuses a damaged state before any file is replaced
+    else:  # try one real batch before the folder is made
+        sentence = f"{job.method} cannot take this data with these settings: {{reason}}."
+        with explained(sentence, *BAD), torch.no_grad():
+            model.eval().to(machine.device()).loss(draw_batch(tensors, 0, job.training))
+    names = dict(dataset.names)
+    if "speakers" in names:
+        heard = set(dataset.train["speakers"].tolist())
+        names["speakers"] = [names["speakers"][number] if number in heard else ""
+                             for number in range(dataset.classes("speakers"))]
     record = {
-        "chapter": chapter, "data": data, "machine": machine.describe(), "config": dataclasses.asdict(config),
-        "training": dataclasses.asdict(training), "sampling": settings.get("sampling", {}), "class_names": source.class_names,
+        "name": job.folder.name, "method": job.method, "data": dataset.describe(),
+        "config": dataclasses.asdict(job.config), "training": dataclasses.asdict(job.training),
+        "sampling": job.sampling, "names": names, "machine": machine.describe(),
+        "examples": {name: list(dataset.test[name][:20])  # for `sample` without a text
+                     for name, kind in model.conditions.items() if kind == "text"},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
-    if isinstance(source, Sounds):
-        learned = set(source.train_speakers.tolist())
-        names = source.speaker_names[: voices(source)]
-        record["speaker_names"] = [name if number in learned else "" for number, name in enumerate(names)]
     if base:
-        record["base"] = {"path": os.path.relpath(base.folder, folder), "hash": content_hash(base.folder)}
+        record["required_minutes"] = base.record["minutes"] + base.record.get("required_minutes", 0)
+    if base and not job.requirement.training_only:
+        record["requires"] = {"method": base.method, "name": base.record["name"],
+                              "minutes": base.record["minutes"],
+                              "hash": content_hash(base.folder / WEIGHTS)}
     if rank == 0:
-        make_folder(folder)
-        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
-    budget = f"{training.steps} steps" if training.steps else f"{training.minutes:g} min"
-    kind = "sounds" if isinstance(source, Sounds) else "pictures"
-    size = f"{record['parameters'] / 1e6:.1f} M parameters, {len(source.train_labels):,} {kind}"
-    say(quiet or rank > 0, f"{chapter} on {data}: {size}, {budget}, {record['machine']} -> {folder}")
-    log = train(model, tensors, training, folder, resume, quiet)
-    record["minutes"] = log[-1]["minutes"]
+        make_folder(job.folder)
+        if "requires" in record:
+            copy_run(base.folder, job.folder / "base")
+        for name in (WEIGHTS, "metrics.json"):  # of a finished run that goes on
+            (job.folder / name).unlink(missing_ok=True)
+        write_json(job.folder / RECORD, record)
+        if not quiet:
+            steps, minutes = job.training.steps, job.training.minutes
+            budget = f"{steps} steps" if steps else f"{minutes:g} min"
+            print(f"[{time.strftime('%H:%M')}] {record['parameters'] / 1e6:.1f} M parameters, "
+                  f"{budget}, {record['machine']} -> {job.folder}", flush=True)
+    log = train(model, tensors, job.training, job.folder, job.begun, quiet)
+    record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"]}
     if rank == 0:
-        write_atomically(folder / "model.safetensors", lambda path: save_file(contiguous(model.state_dict()), path))
-        write_atomically(folder / "config.json", lambda path: path.write_text(json.dumps(record, indent=1)))
+        state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        write_atomically(job.folder / WEIGHTS, lambda path: save_file(state, path))
+        write_json(job.folder / RECORD, record)
     if world > 1:
         dist.barrier()
-    return Run(folder, chapter, data, model, record)
+    return Run(job.folder, job.method, model, record)
 
 
-def run_name(chapter: str, data: str, overrides: dict) -> str:
-    """maskgit-cifar10, tokenizer-kl-cifar10: what is chosen by a word, and not as usual, is part of the name."""
-    usual = dataclasses.asdict(CHAPTERS[chapter].Config()) if overrides else {}
-    variant = [value for name, value in overrides.items() if name in usual and isinstance(value, str) and value != usual[name]]
-    return "-".join([chapter, *variant, Path(data).name])
+def build(method: str, config, base: Run | None = None) -> Method:
+    """An untrained model. A value that the method refuses becomes a sentence for the user."""
+    with explained(f"{method} cannot be built like this: {{reason}}.", *BAD):
+        return find(method).Model(config, base.model if base else None)
 
 
-def base_run(chapter: str, config, data: str, folder: Path, count: int | None, quiet: bool) -> Run | None:
-    """The run that this chapter stands on (a tokenizer, for reflow a flow), beside it: loaded, or trained now and said so."""
-    needs = foundation(chapter, config)
-    if needs is None:
-        return None
-    if (folder / "config.json").exists() and "base" in (saved := read_config(folder)):
-        return fitting(load_run(folder / saved["base"]["path"], saved["base"]["hash"]), needs[1])
-    place = folder.parent / run_name(needs[0], data, needs[1])
-    if not (place / "model.safetensors").exists():
-        say(quiet, f"{chapter} stands on a {needs[0]}; {place} is not there or not finished, so it is trained first.")
-    wanted = {} if (place / "config.json").exists() else needs[1]  # what was begun is taken as it is, if it fits
-    return fitting(train_run(needs[0], data, wanted, place, resume=True, count=count, quiet=quiet), needs[1])
+# ---- what is required
+
+def run_name(method: str, data: str, overrides: dict) -> str:
+    """tokenizer-kl-cifar10: a text option that differs from its default is part of the name."""
+    usual = dataclasses.asdict(find(method).Config()) if overrides else {}
+    variant = [value for name, value in overrides.items()
+               if isinstance(value, str) and name in usual and value != usual[name]]
+    return "-".join([method, *variant, data])
 
 
-def foundation(chapter: str, config) -> tuple[str, dict] | None:
-    """The chapter that this one stands on, and what that one must be, with pictures also of their size; None: on nothing."""
-    stands_on = getattr(CHAPTERS[chapter], "stands_on", None)
-    try:
-        needs = stands_on(config) if stands_on else None
-    except ValueError as error:
-        raise UserError(f"{chapter} cannot be built like this: {error}.") from error
-    return needs and (needs[0], needs[1] | ({"size": config.size} if hasattr(config, "size") else {}))
+def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
+    """The folder of the required run: RUN/base once the run has begun, else one beside RUN."""
+    if (folder / "base" / RECORD).exists():
+        return folder / "base"
+    if need.name:
+        return folder.parent / f"{need.name}-{dataset.name}"
+    return folder.parent / run_name(need.method, dataset.name, need.config)
 
 
-def fitting(base: Run, needs: dict) -> Run:
-    """The run underneath, if it is what the chapter needs."""
-    for name, wanted in needs.items():
-        found = base.config["config"][name]
-        if found != json.loads(json.dumps(wanted)):  # JSON has lists for tuples
-            raise UserError(f"{base.folder} has {name} {found!r}, but {wanted!r} is needed: train another {base.chapter}.")
-    return base
+def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) -> None:
+    """UserError if the run in `base` is not what is needed."""
+    for name, wanted in need.config.items():
+        found, wanted = record["config"].get(name), json.loads(json.dumps(wanted))
+        if record["method"] != need.method or found != wanted:
+            raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
+                            f"train another {need.method}.")
+    check_data(base, record, dataset)
 
 
-def eye(data: str, folder: Path, count: int | None, quiet: bool) -> nn.Module:
-    """The small classifier behind the perceptual loss, frozen: another seed and a shorter budget than the judge."""
-    place = folder.parent / run_name("eye", data, {})
-    if not (place / "model.safetensors").exists():
-        say(quiet, f"The perceptual loss needs an eye; {place} is not there, so it is trained first.")
-    model = train_run("judge", data, {}, place, "eye", resume=True, count=count, quiet=quiet).model
-    return model.requires_grad_(False)
+def check_data(folder: Path, record: dict, dataset: Dataset) -> None:
+    """UserError if the data set is not the one that the run was trained on, to the last byte."""
+    if record["data"]["fingerprint"] != dataset.fingerprint:
+        raise UserError(f"{folder} was trained on other data than {dataset.name} is now: "
+                        "choose another --out, or delete it to train it again.")
 
 
-def judge(data: str, folder: Path = Path("runs"), count: int | None = None, quiet: bool = False) -> nn.Module:
-    """The judge of a data set, kept in `folder`: loaded, or trained now and said so. It has heard every speaker."""
-    data = whole(data)
-    place = Path(folder) / run_name("judge", data, {})
-    if not (place / "model.safetensors").exists():
-        say(quiet, f"Evaluation needs a judge; {place} is not there, so it is trained first.")
-    return train_run("judge", data, {}, place, resume=True, count=count, quiet=quiet).model
+def check_kind(method: str, data: str, kind: str | None) -> None:
+    """UserError if the method learns from another kind of data. kind None: not known yet."""
+    wanted = find(method).Model.data
+    if kind is not None and wanted not in ("any", kind):
+        raise UserError(f"{data} holds {kind}, but {method} learns from {wanted}.")
 
 
-def make_config(chapter: str, settings: dict, overrides: dict, source: Images | Sounds) -> tuple[object, Training]:
-    """(the chapter's Config, Training) from a recipe, what the user says and what the data says."""
-    config_class = CHAPTERS[chapter].Config
-    fields = {field.name for field in dataclasses.fields(config_class)}
-    facts = {"classes": len(source.class_names)}
-    if isinstance(source, Sounds):
-        facts |= {"sound": True, "speakers": voices(source), "second": voices(source) if voices(source) > 1 else 0}
-    else:
-        facts["size"] = source.train_images.shape[1]
-        if "train_background" in source.truth:
-            facts["second"] = int(source.truth["train_background"].max()) + 1
-    values = {k: v for k, v in facts.items() if k in fields} | settings["config"]
-    training = dict(settings["training"])
-    known = fields | {field.name for field in dataclasses.fields(Training)}
-    for name, value in overrides.items():
-        if name not in known:
-            raise UserError(f"{chapter} has no setting {name!r}: choose from {', '.join(sorted(known))}.")
-        (values if name in fields else training)[name] = value
-    if overrides.get("minutes") and overrides.get("steps"):
-        raise UserError("A budget is either minutes or steps: say one of them.")
-    if overrides.get("minutes"):
-        training["steps"] = 0
-    return typed(config_class, values, chapter), typed(Training, training, "training")
+def copy_run(source: Path, target: Path) -> None:
+    """What loading a run needs, so that the folder of a run that is built on it can be moved."""
+    if source.resolve() == target.resolve():
+        return
+    if (source / "base").exists():
+        copy_run(source / "base", target / "base")
+    with explained(f"Cannot copy {source} to {make_folder(target)} ({{reason}}).", OSError):
+        for name in (WEIGHTS, RECORD):  # the record last: where it stands, the copy is complete
+            shutil.copyfile(source / name, target / name)
 
 
-def voices(source: Sounds) -> int:
-    """How many numbers of speakers there are to learn from. Those of the test part alone come later (in `voices`), or stay
-    between them as numbers that nobody has (in fsdd-without-jackson)."""
-    return int(source.train_speakers.max()) + 1
+def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) -> Run:
+    """The judge of a data set, in `folder`: loaded, or trained now. It knows every speaker."""
+    if (origin := whole(dataset.origin)) != dataset.origin:
+        dataset = remembered(origin, dataset.count, data_folder())
+    place = Path(folder) / run_name("judge", dataset.name, {})
+    beside = place.parent.parent / place.name  # runs/judge-x serves runs/compare-x, too
+    if not (place / RECORD).exists() and (beside / WEIGHTS).exists() \
+            and read_record(beside)["data"]["fingerprint"] == dataset.fingerprint:
+        place = beside
+    if not (place / WEIGHTS).exists() and not quiet:
+        print(f"Evaluation needs the judge {place}, which is trained first.", flush=True)
+    run = train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
+    check_data(place, run.record, dataset)
+    return run
 
 
-def typed(kind: type, values: dict, owner: str):
-    """An instance of a dataclass; a value of the wrong type is refused by name."""
-    hints = typing.get_type_hints(kind)
-    for name, value in values.items():
-        if name not in hints:
-            raise UserError(f"{owner} has no setting {name!r}.")
-        wanted = hints[name]
-        if typing.get_origin(wanted) is tuple:
-            good = isinstance(value, list | tuple) and all(isinstance(v, int) for v in value)
-            values[name] = tuple(value) if good else value
-        else:
-            good = isinstance(value, wanted) or (wanted is float and isinstance(value, int) and not isinstance(value, bool))
-        if not good:
-            raise UserError(f"{owner}: {name} must be {getattr(wanted, '__name__', wanted)}, got {value!r}.")
-    return kind(**values)
+# ---- loading
 
-
-def build(chapter: str, config, base: Run | None = None) -> nn.Module:
-    """An untrained model. A value that the chapter refuses becomes a sentence for the user."""
-    module = CHAPTERS[chapter]
-    try:
-        return module.Model(config, base.model) if base else module.Model(config)
-    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        raise UserError(f"{chapter} cannot be built like this: {error}.") from error
-
-
-@torch.no_grad()
-def try_out(model: nn.Module, tensors: dict[str, Tensor], chapter: str, training: Training) -> None:
-    """One loss, before anything is written: a network that cannot take this data becomes a sentence."""
-    check_options(training, len(next(iter(tensors.values()))))
-    try:
-        model.eval().to(machine.device()).loss(draw_batch(tensors, 0, dataclasses.replace(training, batch_size=2)))
-    except (ValueError, ArithmeticError, LookupError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise UserError(f"{chapter} cannot take this data with these settings: {reason}.") from error
-
-
-def load_run(folder: str | Path, expected_hash: str | None = None) -> Run:
-    """A finished run from its folder. Raises UserError where it is missing, unfinished, damaged or changed."""
+def load_run(folder: str | Path) -> Run:
+    """A run from its folder: finished, or with the EMA weights of its last saved state. UserError
+    where it is missing, damaged, or has nothing saved yet."""
     folder = Path(folder)
-    record = read_config(folder)
-    if not (folder / "model.safetensors").exists():
-        raise UserError(f"{folder} is not finished: train it with --resume first.")
-    if expected_hash and content_hash(folder) != expected_hash:
-        raise UserError(f"{folder} has changed since the run that stands on it was trained: train that run again.")
-    base = None
-    if "base" in record:
-        base = load_run(folder / record["base"]["path"], record["base"]["hash"])
-    config = typed(CHAPTERS[record["chapter"]].Config, record["config"], record["chapter"])
-    model = build(record["chapter"], config, base)
-    try:
-        model.load_state_dict(load_file(folder / "model.safetensors"))
-    except Exception as error:
-        raise UserError(f"{folder / 'model.safetensors'} is damaged or of another network ({type(error).__name__}); "
-                        "train the run again.") from error
-    model.to(machine.device(), memory_format=torch.channels_last).eval()  # as in training, to the last bit
-    return Run(folder, record["chapter"], record["data"], model, record)
+    record = read_record(folder)
+    base = load_run(folder / "base") if "requires" in record else None
+    method = record["method"]
+    model = build(method, typed(find(method).Config, record["config"], method), base)
+    weights = folder / WEIGHTS
+    saved = None if weights.exists() else read_state(folder)
+    if not weights.exists() and saved is None:
+        raise UserError(f"{folder} has no weights yet: train it with --resume first.")
+    sentence = f"{weights} is damaged or of another network ({{reason}}): train the run again."
+    with explained(sentence):
+        model.load_state_dict(saved["ema"] if saved else load_file(weights))
+    model.to(machine.device(), memory_format=torch.channels_last).eval()  # as in training
+    return Run(folder, method, model, record)
 
 
-def read_config(folder: Path) -> dict:
-    try:
-        record = json.loads((folder / "config.json").read_text())
-        CHAPTERS[record["chapter"]], record["data"], record["config"], record["training"], record["class_names"]  # noqa: B018
+def read_record(folder: Path) -> dict:
+    """config.json of a run. UserError if there is none, or one that cannot be read."""
+    with explained(f"{folder} is not a run: there is no {RECORD} in it.", OSError):
+        content = (folder / RECORD).read_bytes()
+    with explained(f"{folder / RECORD} is damaged or of an older version of nanogen: "
+                   "delete the folder and train again."):
+        record = json.loads(content)
+        find(record["method"])
+        record["data"]["fingerprint"], record["config"], record["training"], record["names"]
         return record
-    except OSError as error:
-        raise UserError(f"{folder} is not a run: there is no config.json in it.") from error
-    except (ValueError, LookupError, TypeError) as error:
-        raise UserError(f"{folder / 'config.json'} is damaged: delete the folder and train again.") from error
-
-
-def say(quiet: bool, text: str) -> None:
-    if not quiet:
-        print(f"[{time.strftime('%H:%M')}] {text}", flush=True)

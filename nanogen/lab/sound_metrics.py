@@ -1,19 +1,21 @@
-"""Numbers for sounds: how close is what came back to what was said? Functions of arrays, no networks.
+"""Metrics for sounds, by hand: functions of arrays, without networks; and a codec without learning.
 
-    si_sdr           the same waveform, up to its loudness? in dB: 6 more is half the error
-    mel_distance     the same spectrum, whatever the phases? what the ear compares, roughly
-    stoi             can the words be made out? 0 to 1, and above 0.8 most people follow
-    real_time_factor how many seconds of sound a second of computing is worth
+    si_sdr             is it the same waveform, up to its loudness? in dB: 6 more is half the error
+    mel_distance       is it the same spectrum, whatever the phases? roughly what the ear compares
+    stoi               can the speech be understood? 0 to 1, and above 0.8 most people follow
+    real_time_factor   how many seconds of sound are processed in a second of computing
+    mu_law             the baseline for codecs: fewer samples a second, of fewer bits each
 
-SI-SDR punishes a sound that is right but shifted by half a millisecond; the ear does not. The mel distance is the other
-way round. STOI was fitted to listeners: of the three it says most about speech, and nothing about a voice's beauty.
+SI-SDR punishes a sound that is right but shifted by half a millisecond, which nobody hears; the mel
+distance ignores such a shift. STOI was fitted to listeners, and measures only intelligibility.
 
-Sources: Le Roux et al. 2019, "SDR, half-baked or well done?"; Taal et al. 2011, "An Algorithm for Intelligibility
-Prediction of Time-Frequency Weighted Noisy Speech" (STOI, with all of its constants).
-Different here: resampling to STOI's 10 kHz goes through the spectrum; of 8 kHz sound its highest band is partly empty.
+Sources: Le Roux et al. 2019, "SDR, half-baked or well done?"; Taal et al. 2011, "An Algorithm for
+Intelligibility Prediction of Time-Frequency Weighted Noisy Speech" (STOI); ITU-T G.711 (mu-law).
+Different here: 8 kHz sound is resampled to STOI's 10 kHz through its spectrum, which leaves the
+highest band partly empty; mu-law takes any number of bits.
 """
 
-import time
+import timeit
 from collections.abc import Callable
 
 import numpy as np
@@ -21,21 +23,24 @@ import torch
 
 from nanogen import UserError
 from nanogen.audio.spectral import log_mel
-from nanogen.data.folders import SAMPLE_RATE, resample
+from nanogen.audio.wave_ar import MU
+from nanogen.data.sources import SAMPLE_RATE, resample
 from nanogen.lab import machine
 
 # STOI's constants, all from the paper
 STOI_RATE = 10_000  # samples a second
-FRAME, FFT = 256, 512  # samples: a frame of 25.6 ms, every 12.8 ms, padded to 512 for the transform
+FRAME, FFT = 256, 512  # samples: frames of 25.6 ms, every 12.8 ms, padded to 512
 BANDS, LOWEST = 15, 150.0  # third-octave bands, and the centre of the lowest in Hz
 SEGMENT = 30  # frames that are compared at a time: 384 ms
-SILENCE = 40.0  # dB below the loudest frame: softer ones are left out
-CLIP = 15.0  # dB: a noise louder than this in a band counts no worse
+SILENCE = 40.0  # dB below the loudest frame: quieter frames are left out
+CLIP = 15.0  # dB: louder noise in a band counts no worse
+WINDOW = np.hanning(FRAME + 2)[1:-1]
 
 
 def si_sdr(original: np.ndarray, decoded: np.ndarray) -> float:
-    """Scale-invariant signal-to-distortion ratio of two waveforms (T,), in dB: the energy of the part of `decoded` that is
-    a multiple of the original, over the energy of the rest. Equal sounds count as 100 dB, nothing in common as -100."""
+    """Scale-invariant signal-to-distortion ratio of two waveforms (T,), in dB.
+    The energy of that part of `decoded` which is a multiple of the original, over the energy of the
+    rest. Equal sounds count as 100 dB, sounds with nothing in common as -100."""
     original, decoded = _pair(original, decoded)
     original, decoded = original - original.mean(), decoded - decoded.mean()
     target = original * (original @ decoded) / max(original @ original, 1e-12)
@@ -45,64 +50,83 @@ def si_sdr(original: np.ndarray, decoded: np.ndarray) -> float:
 
 
 def mel_distance(original: np.ndarray, decoded: np.ndarray) -> float:
-    """Mean absolute difference of two waveforms' (T,) log-mel spectrograms, natural logarithm: 0.1 is about 0.9 dB."""
+    """Mean absolute difference of two log-mel spectrograms, natural logarithm: 0.1 is 0.9 dB."""
     a, b = (log_mel(torch.tensor(x, dtype=torch.float32)[None]) for x in _pair(original, decoded))
     return (a - b).abs().mean().item()
 
 
 def stoi(original: np.ndarray, decoded: np.ndarray, rate: int = SAMPLE_RATE) -> float:
-    """Short-time objective intelligibility of waveforms (T,) at `rate`: 1 for equal ones, near 0 for noise.
-
-    In each third of an octave, the rise and fall of loudness over 384 ms is compared, and the correlations are averaged.
-    UserError where less than that is left without the pauses: join short clips first.
-    """
-    a, b = (resample(x, rate, STOI_RATE) for x in _pair(original, decoded))
-    a, b = _without_silence(a, b)
-    window = np.hanning(FRAME + 2)[1:-1]
-    centres = LOWEST * 2 ** (np.arange(BANDS) / 3)
-    f = np.arange(FFT // 2 + 1) * STOI_RATE / FFT
-    edges = [np.abs(f - edge).argmin() for edge in np.append(centres * 2 ** (-1 / 6), centres[-1] * 2 ** (1 / 6))]
-    bands = np.array([(np.arange(len(f)) >= low) & (np.arange(len(f)) < high)
-                      for low, high in zip(edges[:-1], edges[1:], strict=True)], dtype=float)  # (15, 257)
-    x, y = (np.sqrt(np.abs(np.fft.rfft(_frames(part) * window, FFT)) ** 2 @ bands.T).T for part in (a, b))  # (15, frames)
+    """Short-time objective intelligibility of waveforms (T,): 1 for equal ones, near 0 for noise.
+    The mean correlation of the two loudness curves, over segments of 384 ms and third-octave bands.
+    UserError where less than 384 ms is left without the pauses: join short clips first."""
+    a, b = _without_silence(*(resample(x, rate, STOI_RATE) for x in _pair(original, decoded)))
+    edges = np.rint(LOWEST * 2 ** (np.arange(-0.5, BANDS) / 3) * FFT / STOI_RATE).astype(int)
+    powers = (np.abs(np.fft.rfft(_frames(part) * WINDOW, FFT)).T ** 2 for part in (a, b))
+    x, y = (np.sqrt(np.add.reduceat(power, edges)[:-1]) for power in powers)  # (15, frames)
     if x.shape[1] < SEGMENT:
-        raise UserError(f"STOI needs at least 0.4 seconds of speech, got {len(a) / STOI_RATE:.2f}: join clips first")
-    total, windows = 0.0, np.lib.stride_tricks.sliding_window_view
-    starts = x.shape[1] - SEGMENT + 1
-    for first in range(0, starts, 1000):  # a thousand segments at a time, for memory
-        rows = slice(first, min(first + 1000, starts) + SEGMENT - 1)
-        p, q = windows(x[:, rows], SEGMENT, axis=1), windows(y[:, rows], SEGMENT, axis=1)  # (15, segments, 30)
-        q = q * np.linalg.norm(p, axis=-1, keepdims=True) / (np.linalg.norm(q, axis=-1, keepdims=True) + 1e-12)
-        q = np.minimum(q, p * (1 + 10 ** (CLIP / 20)))  # one loud blow shall not spoil a whole segment
+        seconds = len(a) / STOI_RATE
+        raise UserError(f"STOI needs at least 0.4 s of speech, got {seconds:.2f}: join clips first")
+    correlations = []
+    for bands in zip(x, y, strict=True):  # one band at a time, for memory
+        p, q = (np.lib.stride_tricks.sliding_window_view(band, SEGMENT) for band in bands)
+        q = q * _norm(p) / (_norm(q) + 1e-12)  # (segments, 30)
+        q = np.minimum(q, p * (1 + 10 ** (CLIP / 20)))  # one loud moment must not spoil a segment
         p, q = (part - part.mean(-1, keepdims=True) for part in (p, q))
-        p, q = (part / (np.linalg.norm(part, axis=-1, keepdims=True) + 1e-12) for part in (p, q))
-        total += (p * q).sum()
-    return float(total / (starts * BANDS))
+        p, q = (part / (_norm(part) + 1e-12) for part in (p, q))
+        correlations.append((p * q).sum(-1).mean())
+    return float(np.mean(correlations))
 
 
 def real_time_factor(function: Callable, seconds: float, repeats: int = 3) -> float:
-    """Seconds of sound per second of computing, on one thread: function() works on `seconds` of sound, and the fastest of
-    `repeats` counts. Above 1 is faster than real time, as EnCodec's paper counts (others print the inverse)."""
-    threads, best = torch.get_num_threads(), float("inf")
+    """Seconds of sound per second of computing, on one thread; the fastest of `repeats` counts.
+    function() processes `seconds` of sound. Above 1 is faster than real time, as EnCodec counts."""
+    threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        for _ in range(repeats):
-            start = time.perf_counter()
-            function()
-            machine.synchronize()
-            best = min(best, time.perf_counter() - start)
+        times = timeit.repeat(lambda: (function(), machine.synchronize()), repeat=repeats, number=1)
+        return seconds / min(times)
     finally:
         torch.set_num_threads(threads)
-    return seconds / best
+
+
+def mu_law(waveforms: np.ndarray, kbps: float) -> tuple[np.ndarray, tuple[int, int]]:
+    """Encode and decode waveforms (N, T) at `kbps` -> (N, T), (samples a second, bits a sample).
+    Of the pairs with that product, the one with the best mean SI-SDR. Above 64 kbit/s, which is 8
+    bits at 8,000 Hz, nothing improves. The peak of each clip is sent, too, but not counted."""
+    rates = {bits: int(1000 * min(kbps, 8 * SAMPLE_RATE / 1000) / bits) for bits in range(1, 9)}
+    copies = {(rate, bits): np.stack([_mu_law_at(clip, rate, bits) for clip in waveforms])
+              for bits, rate in rates.items() if 0 < rate <= SAMPLE_RATE}
+
+    def score(pair: tuple[int, int]) -> float:
+        return np.mean([si_sdr(*clips) for clips in zip(waveforms, copies[pair], strict=True)])
+
+    best = max(copies, key=score)
+    return copies[best], best
+
+
+def _mu_law_at(clip: np.ndarray, rate: int, bits: int) -> np.ndarray:
+    """(T,) -> (T,): resampled to `rate`, each sample rounded to one of 2^bits levels."""
+    peak, levels = np.abs(clip).max() + 1e-9, 2**bits
+    low = (resample(clip, SAMPLE_RATE, rate) / peak).clip(-1, 1)
+    y = np.sign(low) * np.log1p(MU * np.abs(low)) / np.log1p(MU)  # in [-1, 1]
+    cell = np.floor((y + 1) / 2 * levels).clip(0, levels - 1)
+    y = (cell + 0.5) / levels * 2 - 1  # the middle of the cell
+    low = np.sign(y) * np.expm1(np.abs(y) * np.log1p(MU)) / MU
+    back = resample(peak * low, rate, SAMPLE_RATE)[: len(clip)]
+    return np.pad(back, (0, len(clip) - len(back))).clip(-1, 1).astype(np.float32)
 
 
 def _pair(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     a, b = np.asarray(a, dtype=np.float64), np.asarray(b, dtype=np.float64)
     if a.shape != b.shape or a.ndim != 1 or not len(a):
-        raise UserError(f"sounds compare as two waveforms (T,) of one length, got {a.shape} and {b.shape}")
+        raise UserError(f"sounds compare as waveforms (T,) of one length, got {a.shape}, {b.shape}")
     if not (np.isfinite(a).all() and np.isfinite(b).all()):
-        raise UserError("a waveform holds NaN or infinity: look at the samples, the model may have diverged")
+        raise UserError("a waveform contains NaN or infinity: has the model diverged?")
     return a, b
+
+
+def _norm(x: np.ndarray) -> np.ndarray:
+    return np.linalg.norm(x, axis=-1, keepdims=True)
 
 
 def _frames(x: np.ndarray) -> np.ndarray:
@@ -111,18 +135,11 @@ def _frames(x: np.ndarray) -> np.ndarray:
     return np.lib.stride_tricks.sliding_window_view(x, FRAME)[:: FRAME // 2]
 
 
-def _without_silence(a: np.ndarray, b: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both without the frames where `a` is silent, what is left added up again with overlap."""
-    window = np.hanning(FRAME + 2)[1:-1]
-    frames_a, frames_b = _frames(a) * window, _frames(b) * window
-    level = 20 * np.log10(np.linalg.norm(frames_a, axis=1) + 1e-12)
-    kept = level > level.max() - SILENCE
-
-    def joined(frames: np.ndarray) -> np.ndarray:
-        half = FRAME // 2
-        out = np.zeros((len(frames) + 1) * half)
-        out[:-half] += frames[:, :half].ravel()
-        out[half:] += frames[:, half:].ravel()
-        return out
-
-    return joined(frames_a[kept]), joined(frames_b[kept])
+def _without_silence(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:
+    """Both without the frames where `a` is silent; the others are joined again by overlap-add."""
+    frames, half, joined = [_frames(x) * WINDOW for x in (a, b)], FRAME // 2, []
+    level = 20 * np.log10(_norm(frames[0])[:, 0] + 1e-12)
+    for kept in (x[level > level.max() - SILENCE] for x in frames):
+        first, second = kept[:, :half].ravel(), kept[:, half:].ravel()
+        joined.append(np.pad(first, (0, half)) + np.pad(second, (half, 0)))
+    return joined

@@ -1,106 +1,201 @@
-"""The tour: the chapters, tiny, on pictures and voices made by code, in minutes; and the list of all that there is.
+"""Several methods side by side: the tour, the comparison, and the list of all there is.
 
-    python -m nanogen          -> runs/tour/index.html
+    python -m nanogen                                        -> runs/tour/index.html
+    python -m nanogen compare --data cifar10 --minutes 5     -> runs/compare-cifar10/index.html
+    python -m nanogen list
 
-Nothing is downloaded. The budgets are the recipes named "tour": enough to see each idea work, not to judge it.
+The tour trains every method for under a minute, by the recipes named "tour", on images and voices
+that are made by code: enough to see each idea work, not to judge it. The comparison gives every way
+to make an image the same data and the same minutes. Both go on where they were stopped.
 """
 
 import time
 from pathlib import Path
 
-from nanogen.image import var
-from nanogen.lab import machine
+import numpy as np
+
+from nanogen import UserError, files
+from nanogen.data.datasets import Dataset, kind_of, load
+from nanogen.lab import machine, report
 from nanogen.lab.evaluate import evaluate, show, table
-from nanogen.lab.report import write
-from nanogen.lab.runs import AUDIO, CHAPTERS, recipes, train_run
+from nanogen.lab.plots import grid, png
+from nanogen.lab.recipes import find_recipe, make_config, recipes
+from nanogen.lab.runs import RECORD, Run, read_record, run_name, train_run
+from nanogen.method import METHODS, find
 
-PICTURES, CLIPS = 20_000, 2_000  # of the sets made by code, which the tour makes for itself
-SHOWN = ("minutes", "psnr", "bits_per_dim", "stoi", "fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy",
-         "seconds_per_picture", "seconds_per_second_of_sound")
-BENEATH = (("judge", "judge", "scenes", "tour", {}), ("judge", "eye", "scenes", "tour eye", {}),  # what the chapters need:
-           ("tokenizer", "tokenizer-multiscale", "scenes", "tour", var.stands_on(var.Config())[1]),
-           ("judge", "judge", "voices", "tour", {}))  # chapter, name of the run, data, recipe, fields
-STORY = {
-    "pixel_ar": "Everything is a chain: a picture drawn number by number, 8x8 pixels, because each pixel costs a pass.",
-    "tokenizer": "Units that mean more: 64 tokens a picture. Rows of originals and of their reconstructions.",
-    "token_ar": "The same chain, over tokens: row by row, 64 passes.",
-    "maskgit": "Breaking the order: all tokens at once, the surest first, 12 passes.",
-    "var": "Breaking it again: a thumbnail first, then scale by scale, 6 passes.",
-    "mar": "Tokens without a vocabulary: patches of pixels, each drawn by a tiny flow on top of the Transformer, 12 passes.",
-    "flow": "No units at all: noise carried to a picture along nearly straight lines, 16 passes.",
-    "meanflow": "The same in one pass: the average velocity, learned.",
-    "codec": "Units of sound: 62.5 frames a second, a few words each. Digits of a synthetic voice, there and back.",
-    "audio_lm": "A chain of those words: the model speaks a digit in a voice.",
+IMAGES, CLIPS = 20_000, 2_000  # sizes of the data sets of the tour
+STORY = {  # what the tour trains, in this order, and what it says of each
+    "pixel_ar": "An image as a chain of color values. Each pixel costs a pass, so it has only 8x8.",
+    "tokenizer": "An image as 64 tokens. Below each row of originals are the reconstructions.",
+    "token_ar": "The same chain over tokens, row by row: 64 passes.",
+    "maskgit": "Tokens in any order: many at once, the surest first, in 12 passes.",
+    "var": "A thumbnail first, then scale by scale: 6 passes.",
+    "mar": "Continuous tokens: patches of pixels, each drawn by a small flow head, in 12 passes.",
+    "flow": "No tokens: noise is carried to an image along nearly straight lines, in 16 passes.",
+    "meanflow": "The same in one pass, by learning the average velocity.",
+    "codec": "A sound as 62.5 frames a second of a few tokens each. Digits, before and after.",
+    "audio_lm": "A chain of those tokens: the model speaks a digit in a given voice.",
 }
+VARIANTS = {"mar": [{"head": "mse"}, {"head": "diffusion"}, {"head": "flow"}]}  # all are compared
+COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
+    "parameters": "parameters", "minutes": "minutes", "tokenizer_minutes": "tokenizer minutes",
+    "seconds_per_image": "s/image", "seconds_per_second_of_sound": "s/s of sound",
+    "psnr": "PSNR", "stoi": "STOI", "fd_nano": "FD-nano", "fd_nano_std": "+-",
+    "fd_nano_floor": "floor", "class_accuracy": "class accuracy", "precision": "precision",
+    "recall": "recall",
+}
+NOTE = """After longer trainings, the order of the methods may be another one. Tokenizers are
+trained for the same minutes once more and shared; tokenizer minutes include the network of the
+perceptual loss. +- is the standard deviation over sampling seeds. pixel_ar draws fewer pixels."""
 
 
-def tour(folder: Path, pictures: int = PICTURES, clips: int = CLIPS) -> Path:
-    """Train, sample and judge the chapters of STORY, and write one page. A tour that was stopped goes on where it was."""
-    start = time.monotonic()
-    count = {"scenes": pictures, "voices": clips}
-    print(f"The tour: {len(STORY)} chapters on {pictures:,} drawn pictures and {clips:,} spoken digits; about 10 minutes on two "
-          f"CPU cores. {machine.describe()}")
-    for chapter, name, data, recipe, fields in BENEATH:
-        train_run(chapter, data, fields, folder / f"{name}-{data}", recipe, resume=True, count=count[data])
-    runs, rows = [], []
-    for chapter, story in STORY.items():
-        print(f"\n{chapter}: {story}")
-        data = "voices" if chapter in AUDIO else "scenes"
-        run = train_run(chapter, data, {}, folder / f"{chapter}-{data}", "tour", resume=True, count=count[data])
-        n = 60 if chapter == "codec" else 300  # each clip goes through three codecs at eight rates
-        numbers = evaluate(run, n=n, count=count[data])
-        rows.append({"chapter": chapter} | {name: numbers[name] for name in SHOWN if name in numbers})
+def tour(folder: Path, images: int = IMAGES, clips: int = CLIPS) -> Path:
+    """Train, sample and judge the methods of STORY, and write one page about them."""
+    start, folder = time.monotonic(), Path(folder)
+    print(f"The tour: {len(STORY)} methods on {images:,} drawn images and {clips:,} spoken digits; "
+          f"about 10 minutes on two CPU cores. {machine.describe()}")
+    sets = {"images": load("scenes", count=images), "sounds": load("voices", count=clips)}
+    for dataset in sets.values():
+        trained("judge", dataset, {}, folder, "tour")
+    rows, runs = [], []
+    for method, story in STORY.items():
+        print(f"\n{method}: {story}")
+        model = find(method).Model
+        run = trained(method, sets[model.data], {}, folder, "tour")
+        slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
+        metrics = evaluate(run, 60 if slow else 300, sets[model.data])
+        rows.append(row_of(method, run, metrics))
         runs.append(run.folder)
-    print("\n" + table(rows))
     minutes = (time.monotonic() - start) / 60
-    intro = (f"{len(STORY)} chapters, trained from nothing in {minutes:.1f} minutes on {machine.describe()}, on {pictures:,} "
-             f"pictures and {clips:,} spoken digits, all made by code.\n\n"
-             + "\n\n".join(f"{chapter}: {story}" for chapter, story in STORY.items()))
-    page = write(runs, folder / "index.html", title="The nanogen tour", intro=intro)
-    print(f"\nThe tour took {minutes:.1f} minutes. Open {page}")
+    print(f"\n{table(rows)}\n\nThe tour took {minutes:.1f} minutes.")
+    intro = (f"{len(STORY)} methods, trained from nothing in {minutes:.1f} minutes on "
+             f"{machine.describe()}, on {images:,} images and {clips:,} spoken digits, all made by "
+             "code.")
+    intro = "\n\n".join([intro, *(f"{method}: {story}" for method, story in STORY.items())])
+    page = report.write(runs, folder / "index.html", "The nanogen tour", intro)
+    print(f"Open {page}")
     return page
 
 
-# What the table of recipes shows, and under which heading: for chapters of pictures, and for those of sound
-PICTURE_NUMBERS = {"fd_nano": "FD-nano", "class_accuracy": "class accuracy", "psnr": "PSNR", "bits_per_dim": "bits/dim",
-                   "test_accuracy": "test accuracy", "seconds_per_picture": "s/picture"}
-SOUND_NUMBERS = {"fd_nano": "FD-nano", "class_accuracy": "digits right", "speaker_accuracy": "speakers right", "stoi": "STOI",
-                 "si_sdr": "SI-SDR", "bits_per_sample": "bits/sample", "test_accuracy": "test accuracy",
-                 "seconds_per_second_of_sound": "s/s of sound"}
-
-
-def list_chapters() -> str:
-    """Chapters, data sets, recipes, what each stands on, and the numbers that each recipe gave."""
-    lines = [f"{name:10} {module.__doc__.splitlines()[0]}" for name, module in CHAPTERS.items()]
-    data = ("Data: cifar10, scenes (drawn by code), fsdd (spoken digits), voices (spoken by code), or a folder with pictures or "
-            "sounds, one sub-folder per class.")
-    return "\n".join([*lines, "", data, "", table(recipe_rows(sound=False)), "", table(recipe_rows(sound=True))])
-
-
-def recipe_rows(sound: bool) -> list[dict]:
-    """One dict per recipe, for pictures or for sound, with what it was measured to give."""
-    rows = []
-    for chapter, module in CHAPTERS.items():
-        for data, by_name in recipes(chapter).items():
-            for name, recipe in by_name.items():
-                if "tour" in name or sound != (data in ("fsdd", "voices")):
-                    continue
-                measured, training = recipe.get("expected", {}), recipe["training"]
-                stands_on = getattr(module, "stands_on", None)
-                base = stands_on(module.Config(**recipe["config"])) if stands_on else None
-                budget = f"{training['steps']} steps" if "steps" in training else f"{training['minutes']:g} min"
-                rows.append({"chapter": chapter, "data": data, "recipe": name, "budget": budget,
-                             "stands on": " ".join([base[0], *(f"({kind})" for kind in base[1].values())]) if base else "-"}
-                            | {heading: show(measured[key]) if key in measured else "-"
-                               for key, heading in (SOUND_NUMBERS if sound else PICTURE_NUMBERS).items()})
+def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500,
+            seeds: int = 1) -> list[dict]:
+    """Train every method that draws images for `minutes`, judge n samples for each of the sampling
+    seeds, write index.html and table.md to `out`, and return the rows of the table.
+    What is trained already is not trained again. UserError if `out` has runs of other minutes."""
+    if n < 10 or seeds < 1:
+        raise UserError(f"compare needs at least 10 samples and 1 seed, got {n} and {seeds}.")
+    dataset, out = data if isinstance(data, Dataset) else load(data), Path(out)
+    if dataset.kind != "images":
+        raise UserError(f"{dataset.name} holds {dataset.kind}, but compare needs images.")
+    names = compared()
+    title = f"{len(names)} methods on {dataset.name}, {minutes:g} minutes each"
+    print(f"{title}, on {machine.describe()} -> {out}")
+    rows, strips, runs = [], [], []
+    for name, (method, fields) in names.items():
+        print(f"\n{name}")
+        run = trained(method, dataset, fields, out, budget={"minutes": minutes})
+        rows.append(row_of(name, run, judged(run, dataset, n, seeds)))
+        strips.append({"method": name, "one of each class": strip(run)})
+        runs.append(run.folder)
+    print("\n" + table(rows))
+    text = f"{title}, on {machine.describe()}.\n\n```\n{table(rows)}\n```\n\n{NOTE}\n"
+    files.write_text(out / "table.md", text)
+    tables = {"Like for like": rows, "The same labels": strips}
+    print(report.write(runs, out / "index.html", title, NOTE, tables))
     return rows
 
 
-def markdown() -> str:
-    """The same as two tables for README.md."""
-    tables = []
-    for rows in (recipe_rows(sound=False), recipe_rows(sound=True)):
-        lines = [" | ".join(rows[0]), " | ".join("---" for _ in rows[0])]
-        lines += [" | ".join(str(v) for v in row.values()) for row in rows]
-        tables.append("\n".join(f"| {line} |" for line in lines))
-    return "\n\n".join(tables)
+def trained(method: str, dataset: Dataset, fields: dict, out: Path, recipe: str = "default",
+            budget: dict | None = None) -> Run:
+    """The run of a method in `out`: loaded, gone on with, or trained, and what it requires first.
+    UserError if it is there with another budget."""
+    folder = out / run_name(method, dataset.name, fields)
+    if (folder / RECORD).exists():
+        there = read_record(folder)["training"]
+        for name, wanted in (budget or {}).items():
+            if there[name] != wanted:
+                raise UserError(f"{folder} is a training of {there[name]:g} {name}, not "
+                                f"{wanted:g}: choose another --out.")
+        fields, budget = {}, None
+    return train_run(method, dataset, fields, folder, recipe, resume=True, budget=budget)
+
+
+def judged(run: Run, dataset: Dataset, n: int, seeds: int) -> dict:
+    """The metrics of a run, as means over sampling seeds (far apart, as each batch adds 1)."""
+    run.model.samples_to_judge = n  # the same for all methods, however slow
+    results = [evaluate(run, n, dataset, 1 + 1000 * i) for i in range(seeds)]
+    drawn = [name for name, value in results[0].items() if isinstance(value, float)]
+    means = {name: float(np.mean([result[name] for result in results])) for name in drawn}
+    metrics = results[0] | means | {"seeds": seeds}
+    if seeds > 1:
+        metrics["fd_nano_std"] = float(np.std([result["fd_nano"] for result in results], ddof=1))
+    files.write_json(run.folder / "metrics.json", metrics)
+    return metrics
+
+
+def row_of(name: str, run: Run, metrics: dict) -> dict:
+    """A method's row in the table."""
+    before = run.record.get("required_minutes")
+    metrics = metrics | ({"tokenizer_minutes": before} if before else {})
+    return {"method": name} | {heading: metrics[metric] for metric, heading in COLUMNS.items()
+                               if metric in metrics}
+
+
+def compared() -> dict[str, tuple[str, dict]]:
+    """Every method that draws images for labels: name -> (method, fields of its Config)."""
+    models = {method: find(method).Model for method in METHODS}
+    return {", ".join([method, *fields.values()]): (method, fields)
+            for method, model in models.items() for fields in VARIANTS.get(method, [{}])
+            if model.kind == "generator" and model.output == "images"
+            and list(model.conditions) == ["labels"]}
+
+
+def strip(run: Run) -> str:
+    """One sample of each class, side by side, as a data URI."""
+    drawn = files.read_npz(run.folder / "samples" / "samples.npz")
+    images = drawn["images"][np.unique(drawn["labels"], return_index=True)[1]]
+    scale = max(1, 64 // images.shape[1])  # all methods in one size
+    return report.data_uri("image/png", png(grid(images, len(images), scale)))
+
+
+IMAGE_METRICS = {"fd_nano": "FD-nano", "class_accuracy": "class accuracy", "psnr": "PSNR",
+                 "bits_per_dim": "bits/dim", "test_accuracy": "test accuracy",
+                 "seconds_per_image": "s/image"}
+SOUND_METRICS = {"fd_nano": "FD-nano", "class_accuracy": "digits right",
+                 "speaker_accuracy": "speakers right", "stoi": "STOI", "si_sdr": "SI-SDR",
+                 "bits_per_sample": "bits/sample", "test_accuracy": "test accuracy",
+                 "seconds_per_second_of_sound": "s/s of sound"}
+
+
+def list_methods() -> str:
+    """Methods, data sets, recipes, what each requires, and the metrics that each recipe gave."""
+    lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
+    data = ("Data: cifar10, scenes (drawn by code), fsdd (spoken digits), voices (spoken by code), "
+            "or a folder with images or sounds, one sub-folder for each class.")
+    return "\n\n".join(["\n".join(lines), data, *recipe_tables()])
+
+
+def recipe_tables() -> list[str]:
+    """The recipes for images and for sounds, as they stand in README.md."""
+    return [table(recipe_rows(kind)) for kind in ("images", "sounds")]
+
+
+def recipe_rows(kind: str) -> list[dict]:
+    """A row for each recipe for "images" or "sounds", with the metrics that it gave."""
+    rows, headings = [], SOUND_METRICS if kind == "sounds" else IMAGE_METRICS
+    found = [(method, data, name) for method in METHODS for data, known in recipes(method).items()
+             if kind_of(data) == kind for name in known if "tour" not in name]
+    for method, data, name in found:
+        recipe = {"expected": {}} | find_recipe(method, data, kind, name)
+        config, training = make_config(method, recipe, {}, {})
+        budget = f"{training.steps} steps" if training.steps else f"{training.minutes:g} min"
+        required, need = "-", find(method).Model.requires(config)
+        if need:
+            texts = [f"({text})" for text in need.config.values() if isinstance(text, str)]
+            required = " ".join([need.name or need.method, *texts])
+        row = {"method": method, "data": data, "recipe": name, "budget": budget,
+               "requires": required}
+        for metric, heading in headings.items():
+            row[heading] = show(recipe["expected"][metric]) if metric in recipe["expected"] else "-"
+        rows.append(row)
+    return rows

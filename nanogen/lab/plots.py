@@ -1,0 +1,102 @@
+"""What a person looks at: grids of images, animations, loss curves, spectrograms.
+
+Models hold images as float (B, 3, H, W) in [-1, 1]; stored or shown, they are uint8 (N, H, W, 3).
+Figures are made without pyplot, so importing this file changes no plotting backend.
+"""
+
+import io
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from matplotlib.figure import Figure
+from PIL import Image
+from torch import Tensor
+
+from nanogen.audio.spectral import log_mel
+
+
+def to_uint8(images: Tensor) -> np.ndarray:
+    """Float (B, 3, H, W) in [-1, 1], clamped -> uint8 (B, H, W, 3), rounded to the nearest."""
+    levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
+    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def to_float(images: np.ndarray | Tensor) -> Tensor:
+    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]; `to_uint8` brings every value back."""
+    images = torch.tensor(images) if isinstance(images, np.ndarray) else images  # copied
+    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Image.Image:
+    """uint8 (N, H, W, 3) -> one image of rows of `columns`, the last of which may be short.
+    Each image is enlarged `scale` times, by repeating pixels, with `pad` white pixels around it.
+    ValueError for anything but uint8 images."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
+        raise ValueError(f"a grid needs uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    columns = min(columns, len(images))
+    images, missing = images.repeat(scale, axis=1).repeat(scale, axis=2), -len(images) % columns
+    tiles = np.pad(images, ((0, missing), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
+    rows = [np.hstack(tiles[i : i + columns]) for i in range(0, len(tiles), columns)]
+    sheet = np.pad(np.vstack(rows), ((0, pad), (0, pad), (0, 0)), constant_values=255)
+    return Image.fromarray(sheet)
+
+
+def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
+             milliseconds: int = 120, last: int = 2000) -> Path:
+    """An endless animation of grids. frames: a uint8 (N, H, W, 3) for each moment, shown for
+    `milliseconds`, the last one for `last`. ValueError for no frames or frames of several shapes.
+    One palette for all frames, from two late ones, keeps what does not change from flickering.
+    There is no dithering, because it would add new noise to every frame."""
+    if len({frame.shape for frame in frames}) != 1:
+        raise ValueError("an animation needs at least one frame, and all frames of one shape")
+    late = np.concatenate([grid(frames[i], columns, scale=1) for i in (-1, len(frames) * 3 // 4)])
+    palette = Image.fromarray(late).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
+    sheets = [grid(frame, columns, scale).quantize(palette=palette, dither=Image.Dither.NONE)
+              for frame in frames]
+    sheets[0].save(path, save_all=True, append_images=sheets[1:], loop=0, optimize=False,
+                   duration=[milliseconds] * (len(sheets) - 1) + [last])
+    return Path(path)
+
+
+def loss_plot(log: list[dict], chance: float | None = None, title: str = "") -> Figure:
+    """The loss over the minutes of training. log: lines of log.jsonl; those without a finite loss
+    are left out. chance: the loss of a model that has learned nothing."""
+    lines = [line for line in log if math.isfinite(line.get("loss", math.nan))]
+    losses = [line["loss"] for line in lines]
+    figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
+    axes = figure.add_subplot(facecolor="white")
+    axes.plot([line.get("minutes", i) for i, line in enumerate(lines)], losses, color="#2563a8")
+    if chance is not None:
+        axes.axhline(chance, color="#777777", linestyle="--", label=f"chance {chance:.4g}")
+        axes.legend(frameon=False, loc="center right")
+    axes.set(title=title, xlabel="minutes of training", ylabel="loss")
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.spines[["top", "right"]].set_visible(False)
+    return figure
+
+
+def spectrograms(clips: list[np.ndarray], titles: list[str], columns: int) -> Figure:
+    """Loudness of sounds (T,) at 8 kHz by mel band (upwards) and time, on one scale for all."""
+    columns = min(columns, len(clips))
+    rows, longest = -(-len(clips) // columns), max(256, *map(len, clips))
+    figure = Figure((1.3 * columns + 0.2, 1.25 * rows + 0.1), dpi=110, layout="constrained")
+    for index, (clip, title) in enumerate(zip(clips, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, index + 1)
+        padded = torch.tensor(np.pad(clip, (0, longest - len(clip))))[None]
+        mel = log_mel(padded)[0].numpy()
+        axes.imshow(mel, "magma", origin="lower", aspect="auto", vmin=-10, vmax=-2)
+        axes.set_title(title, fontsize=7)
+        axes.set_axis_off()
+    return figure
+
+
+def png(image: Figure | Image.Image) -> bytes:
+    """A figure or an image as the bytes of a PNG file."""
+    buffer = io.BytesIO()
+    if isinstance(image, Figure):
+        image.savefig(buffer, format="png", facecolor="white")
+    else:
+        image.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()

@@ -1,0 +1,267 @@
+"""Draw samples from a run and write what a person opens; encode and decode files.
+
+    sample(run, n=64, guidance=3.0, out=Path("samples"))   images     grid.png  process.gif
+                                                           videos     videos.gif  grid.png
+                                                           waveforms  000.wav ...  spectrograms.png
+    and always samples.npz: the outputs and the conditions that they were drawn for
+
+    encode(run, "speech.flac", "speech.npz", kbps=2)   "tokens" uint8 (frames, codebooks), "length"
+    decode(run, "speech.npz", "speech.wav")            in samples, and the hash of the weights
+"""
+
+import functools
+import inspect
+import typing
+from pathlib import Path
+
+import numpy as np
+import soundfile
+import torch
+from PIL import Image
+from torch import Tensor
+
+from nanogen import UserError, files
+from nanogen.data.sources import SAMPLE_RATE, read_image, read_sound
+from nanogen.lab import machine
+from nanogen.lab.plots import grid, png, save_gif, spectrograms, to_float, to_uint8
+from nanogen.lab.prepare import encode_text, pad
+from nanogen.method import Method
+
+if typing.TYPE_CHECKING:
+    from nanogen.lab.runs import Run
+
+MOST_SOUNDS = 60  # .wav files in one folder; samples.npz has them all
+SOUND_KINDS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+
+
+def sampler_settings(model: Method) -> dict[str, type]:
+    """The settings of a model's sampler and their types: {"steps": int, "guidance": float, ...}."""
+    hints = typing.get_type_hints(model.sample)
+    names = [name for name in inspect.signature(model.sample).parameters
+             if name not in ("conditions", "seed", "frames")]
+    return {name: (typing.get_args(hints[name]) or [hints[name]])[0] for name in names}
+
+
+def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, seed: int = 0,
+           frames: bool = False, batch_size: int = 250, out: Path | None = None,
+           **settings) -> dict[str, np.ndarray]:
+    """Draw n outputs -> {"images" uint8 (N, H, W, 3)}, {"videos" uint8 (N, T, H, W, 3)} or
+    {"waveforms" float32 (N, T), "lengths", "sample_rate"}, and the conditions: "labels" int64 (N,).
+    conditions: name -> values (class names or numbers, texts, files; all classes unless told). The
+    first condition is spread evenly over the samples, in order, the others take turns. settings: of
+    the sampler. frames: also "frames" uint8 (S, N, H, W, 3), how images come to be. out: a folder.
+    """
+    model, conditions = run.model, conditions or {}
+    if n < 1:
+        raise UserError(f"The number of samples must be at least 1, got {n}.")
+    if model.kind != "generator":
+        raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample.")
+    settings = {name: value for name, value in settings.items() if value is not None}
+    for kind, said, known in (("condition", conditions, model.conditions),
+                              ("sampler setting", settings, sampler_settings(model))):
+        for name in said.keys() - known.keys():
+            raise UserError(f"{run.method} has no {kind} {name!r}: choose from {', '.join(known)}.")
+    settings = run.record["sampling"] | settings
+    chosen = {}  # condition -> n values: class numbers, texts or tensors
+    for order, (name, kind) in enumerate(model.conditions.items()):
+        values = read_condition(run, name, kind, conditions.get(name))
+        turns = [i % len(values) if order else i * len(values) // n for i in range(n)]
+        chosen[name] = [values[turn] for turn in turns]
+    shows = "frames" in inspect.signature(model.sample).parameters
+    outputs, growth = [], []
+    for i, first in enumerate(range(0, n, batch_size)):
+        batch = {name: to_batch(values[first : first + batch_size], model.conditions[name])
+                 for name, values in chosen.items()}
+        grow = {"frames": True} if shows and (frames or (out and i == 0)) else {}
+        drawn = ask(run, model.sample, batch, seed=seed + i, **grow, **settings)
+        growth.append([to_uint8(moment) for moment in drawn.pop("frames", [])])
+        outputs.append(drawn)
+    arrays = gather(outputs, model.output)
+    for name, kind in model.conditions.items():
+        if kind in ("class", "text"):
+            arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
+    if out:
+        write_samples(arrays, run, Path(out), growth[0])
+    if frames:
+        arrays["frames"] = np.array([np.concatenate(part) for part in zip(*growth, strict=True)])
+    return arrays
+
+
+def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
+    """What the user says of a condition -> class numbers, texts, or tensors read from files."""
+    if kind == "class":
+        every = [number for number, name in enumerate(run.names[name]) if name]  # "": never heard
+        return [number_of(value, name, run) for value in said] if said else every
+    if kind == "text":
+        return [str(text) for text in said or run.record["examples"][name]]
+    if not said:
+        raise UserError(f"{run.folder} needs --{name.removesuffix('s')} FILE.")
+    if kind == "image":
+        return [to_float(read_image(file, run.model.config.size)[None])[0] for file in said]
+    return [torch.from_numpy(read_sound(file)) for file in said]
+
+
+def to_batch(values: list, kind: str) -> Tensor:
+    """Values of one condition -> a tensor on the device."""
+    make = {"class": torch.tensor, "text": encode_text}.get(kind) or functools.partial(
+        torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    return make(values).to(machine.device())
+
+
+def number_of(said: str | int, condition: str, run: "Run") -> int:
+    """A class or speaker by its name, in any case if that is unique, or by its number."""
+    names = run.names[condition]
+    alike = [name for name in names if name.lower() == str(said).lower()]
+    if said in names or len(set(alike)) == 1:
+        return names.index(said if said in names else alike[0])
+    if str(said).isdigit() and int(said) < len(names) and names[int(said)]:
+        return int(said)
+    names = [name for name in names if name]
+    some = ", ".join(names) if len(names) <= 30 else f"{names[0]} to {names[-1]}"
+    raise UserError(f"There is no {condition.removesuffix('s')} {said!r}: choose from {some}.")
+
+
+@torch.no_grad()
+def ask(run: "Run", function, *inputs, **settings):
+    """A call of the model, in the machine's precision; what it refuses becomes a sentence."""
+    with files.explained(f"{run.method}: {{reason}}.", ValueError, TypeError, IndexError):
+        with machine.autocast():
+            return function(*inputs, **settings)
+
+
+def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]:
+    """The outputs of all batches as arrays."""
+    if kind == "images":
+        return {"images": np.concatenate([to_uint8(drawn["images"]) for drawn in outputs])}
+    if kind == "videos":
+        videos = torch.cat([drawn["videos"].cpu() for drawn in outputs])
+        return {"videos": np.stack([to_uint8(video) for video in videos])}
+    clips = []
+    for drawn in outputs:
+        pairs = zip(drawn["waveforms"], drawn["lengths"].tolist(), strict=True)
+        clips += [waveform[:length].float().cpu().numpy() for waveform, length in pairs]
+    waveforms, lengths = pad(clips)
+    return {"waveforms": waveforms.clamp(-1, 1).numpy(), "lengths": lengths.numpy(),
+            "sample_rate": np.array(SAMPLE_RATE)}
+
+
+def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: list = ()) -> None:
+    """samples.npz, and images, animations or sounds to open. growth: uint8 (N, H, W, 3) of some
+    moments, for process.gif, which shows how up to 30 of the images come to be."""
+    files.make_folder(out)
+    if (out / "samples.npz").exists():  # else no file in there is ours
+        for path in out.glob("[0-9][0-9][0-9]*.wav"):
+            if path.stem.isdigit():
+                path.unlink()
+    files.write_npz(out / "samples.npz", drawn)
+    if run.model.output == "waveforms":
+        total = len(drawn["lengths"])
+        chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
+        clips = [drawn["waveforms"][i, : drawn["lengths"][i]] for i in chosen]
+        titles = [", ".join(run.names[name][drawn[name][i]] if name in run.names
+                            else str(drawn[name][i]) for name in run.model.conditions)
+                  for i in chosen]
+        numbers = [f"{i:03}" for i in chosen]
+        return write_sounds(clips, numbers, titles, out, 10 if total >= 10 else total)
+    images = drawn["images"] if "images" in drawn else drawn["videos"][:, 0]
+    images = images[np.linspace(0, len(images) - 1, min(len(images), 200)).astype(int)]
+    columns = 10 if len(images) % 10 == 0 else 8
+    files.write_atomically(out / "grid.png", grid(images, columns).save)
+    moments, name = growth, "process.gif"
+    if run.model.output == "videos":
+        moments, name = list(drawn["videos"].swapaxes(0, 1)), "videos.gif"
+    if len(moments):
+        few = np.linspace(0, len(moments[0]) - 1, min(30, len(moments[0]))).astype(int)
+        moments, columns = [moment[few] for moment in moments], min(10, len(few))
+        files.write_atomically(out / name, lambda path: save_gif(moments, path, columns=columns))
+
+
+def write_sounds(clips: list[np.ndarray], names: list[str], titles: list[str], out: Path,
+                 columns: int) -> None:
+    """<name>.wav of each clip (T,), 16 bits, and spectrograms.png with titles, some in a row."""
+    with files.explained(f"Cannot write sounds into {out} ({{reason}}): is the disk full?"):
+        for clip, name in zip(clips, names, strict=True):
+            soundfile.write(out / f"{name}.wav", clip.clip(-1, 1), SAMPLE_RATE, "PCM_16")
+    content = png(spectrograms(clips, titles, columns))
+    files.write_atomically(out / "spectrograms.png", lambda path: path.write_bytes(content))
+
+
+def encode(run: "Run", file: Path, out: Path, kbps: float | None = None) -> dict:
+    """Write the tokens of an image or sound to `out`, an npz, and return them.
+    kbps: of a codec; the most codebooks that fit are used, all unless told. An image is cut to its
+    central square and resized. UserError for what cannot be read, written or encoded."""
+    model = run.model
+    if model.kind != "tokenizer":
+        raise UserError(f"{run.folder} is a {run.method}: only tokenizers and codecs encode.")
+    if model.data == "sounds":
+        waveform = torch.from_numpy(read_sound(file))[None].to(machine.device())
+        used = model.codebooks
+        if kbps is not None:
+            least, most = model.kbps(1), model.kbps(used)
+            if not least <= kbps <= most:  # also refuses NaN
+                raise UserError(f"--kbps must be from {least:g} to {most:g} with {run.folder}, "
+                                f"got {kbps:g}.")
+            used = max(k for k in range(1, used + 1) if model.kbps(k) <= kbps + 1e-6)
+        # In float32: bfloat16 would choose some other codes, and the same file should give the
+        # same tokens on every machine. Ten seconds at a time, so that an hour fits into memory.
+        chunks = model.stream_encode(waveform.split(10 * SAMPLE_RATE, dim=1), used)
+        tokens = torch.cat([chunk.cpu() for chunk in chunks], dim=1)[0].numpy()
+        facts = {"length": np.array(waveform.shape[1]), "kbps": np.array(model.kbps(used))}
+    else:
+        if kbps is not None:
+            raise UserError(f"{run.folder} encodes images: --kbps is for codecs.")
+        image = to_float(read_image(file, model.config.size)[None]).to(machine.device())
+        tokens, facts = ask(run, model.encode, image)[0].cpu().numpy(), {}
+    if np.issubdtype(tokens.dtype, np.integer):
+        tokens = tokens.astype(np.min_scalar_type(model.codebook_size - 1))
+    content = {"tokens": tokens, **facts, "method": np.array(run.method),
+               "hash": np.array(weights_hash(run))}
+    files.write_npz(Path(out), content)
+    return content
+
+
+def decode(run: "Run", file: Path, out: Path) -> None:
+    """Tokens that `encode` wrote -> an image (PNG) or a sound (WAV, FLAC or OGG, by `out`)."""
+    model, out = run.model, Path(out)
+    if model.kind != "tokenizer":
+        raise UserError(f"{run.folder} is a {run.method}: only tokenizers and codecs decode.")
+    content = read_tokens(run, file)
+    kinds = SOUND_KINDS if model.data == "sounds" else (".png",)
+    if out.suffix.lower() not in kinds:
+        raise UserError(f"{out} must end in {' or '.join(kinds)}.")
+    tokens = torch.from_numpy(content["tokens"])
+    dtype = torch.float32 if tokens.is_floating_point() else torch.long
+    tokens = tokens.to(machine.device(), dtype)[None]
+    if model.data == "images":
+        image = Image.fromarray(to_uint8(ask(run, model.decode, tokens))[0])
+        return files.write_atomically(out, lambda path: image.save(path, format="PNG"))
+    with torch.no_grad():
+        parts = [part.cpu() for part in model.stream_decode(tokens.split(1024, dim=1))]
+    waveform = torch.cat(parts, dim=1)[0, : int(content["length"])].float().numpy()
+    kind = {"format": SOUND_KINDS[out.suffix.lower()]}
+    files.write_atomically(out, lambda p: soundfile.write(p, waveform, SAMPLE_RATE, **kind))
+
+
+def weights_hash(run: "Run") -> str:
+    """Which weights wrote the tokens. UserError for an unfinished run: its weights still change."""
+    with files.explained(f"{run.folder} is not finished: train it with --resume first.", OSError):
+        return files.content_hash(run.folder / "model.safetensors")
+
+
+def read_tokens(run: "Run", file: Path) -> dict[str, np.ndarray]:
+    """What `encode` wrote, checked: complete, by this very run, and codes that it knows."""
+    content, model = files.read_npz(file, "encode again"), run.model
+    with files.explained(f"{file} holds no tokens ({{reason}}): encode again."):
+        tokens, written_by = content["tokens"], str(content["hash"])
+    if written_by != weights_hash(run):
+        raise UserError(f"{file} holds tokens of another run than {run.folder}: decode them with "
+                        "the run that encoded them, or encode again.")
+    kinds, most = ("ui", model.codebook_size - 1) if model.codebook_size else ("f", np.inf)
+    good = tokens.size and tokens.dtype.kind in kinds and np.abs(tokens).max() <= most
+    if model.data == "sounds":
+        good = good and tokens.ndim == 2 and tokens.shape[1] <= model.codebooks
+        good = good and len(tokens) == -(-int(content["length"]) // model.hop)
+    if not good or (kinds == "ui" and tokens.min() < 0):
+        raise UserError(f"{file} is damaged: its tokens are not codes of {run.folder}, or not as "
+                        "many as they should be.")
+    return content
