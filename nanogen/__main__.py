@@ -1,131 +1,164 @@
 """The command line.
 
-    python -m nanogen                                  the tour: ten chapters, tiny, on data made by code -> runs/tour/index.html
-    python -m nanogen list                             chapters, data sets, recipes and what to expect
-    python -m nanogen train maskgit --data cifar10     train a chapter, and first what it stands on
-    python -m nanogen sample runs/maskgit-cifar10 --n 64 --guidance 3 --out pictures
-    python -m nanogen sample runs/audio_lm-fsdd --label 3 --speaker jackson --out sounds
-    python -m nanogen encode runs/codec-fsdd speech.flac --out speech.npz --kbps 2
-    python -m nanogen decode runs/codec-fsdd speech.npz --out speech.wav
-    python -m nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
-    python -m nanogen compare --minutes 5              all image paradigms, like for like -> runs/compare-cifar10/index.html
-    python -m nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, how each picture comes to be
-    python -m nanogen bench                            speed, against the machine's own limits
+    nanogen                                  the tour: all methods, tiny -> runs/tour/index.html
+    nanogen list                             methods, data sets, recipes and what to expect
+    nanogen train maskgit --data cifar10     train a method, and first what it requires
+    nanogen sample runs/maskgit-cifar10 --label horse --guidance 3
+    nanogen sample runs/audio_lm-fsdd --label 3 --speaker jackson --out sounds
+    nanogen encode runs/codec-fsdd speech.flac --out speech.npz --kbps 2
+    nanogen decode runs/codec-fsdd speech.npz --out speech.wav
+    nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
+    nanogen compare --minutes 5              all image methods at one budget -> a table and a page
+    nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, metrics
+
+`python -m nanogen` is the same. COMMAND --help shows the options of a command.
 """
 
 import argparse
 import dataclasses
+import difflib
+import importlib
 import inspect
+import os
 import re
 import sys
 from pathlib import Path
 
-from nanogen import UserError
+from nanogen import UserError, __version__
+from nanogen.method import METHODS, find
+
+
+class Misuse(UserError):
+    """Arguments that do not exist or do not fit: exit code 2, as usual for command lines."""
 
 
 class Parser(argparse.ArgumentParser):
-    """argparse whose complaints are one sentence, without the usage of every field before it."""
+    """argparse whose complaints are one sentence, with the nearest name where one is misspelt."""
 
     def error(self, message: str):
-        raise UserError(f"{message} (python -m {self.prog} --help shows what there is)")
+        if found := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            message += suggestion(found[1], re.findall(r"[\w-]+", found[2]))
+        raise Misuse(f"{message} ({self.prog} --help shows what there is)")
+
+
+def suggestion(name: str, known) -> str:
+    near = difflib.get_close_matches(name, known, 1)
+    return f"; did you mean {near[0]}?" if near else ""
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run one command. Returns the exit code: 0, or 1 after a sentence about what the user can mend."""
-    parser = Parser("nanogen", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
-    commands.add_parser("tour", help="ten chapters, tiny (also without a command)").add_argument("--out", default="runs/tour")
-    add = commands.add_parser("list", help="chapters, data sets, recipes")
-    add.add_argument("--markdown", action="store_true", help="the table of recipes as it stands in README.md")
-    add = commands.add_parser("train", help="train a chapter; --FIELD VALUE sets any field of its configuration", add_help=False)
-    add.add_argument("chapter", nargs="?")
-    add.add_argument("-h", "--help", action="store_true", help="the fields of this chapter, and what they mean")
-    add.add_argument("--data", help="cifar10, scenes, fsdd, voices or a folder of your own pictures or sounds (cifar10, fsdd)")
-    add.add_argument("--recipe", default="first look", help="which recipe: 'first look', 'full' or 'gpu' (list)")
-    add.add_argument("--out", help="the run's folder (runs/CHAPTER-DATA)")
-    add.add_argument("--resume", action="store_true", help="go on with the run in that folder")
-    add = commands.add_parser("sample", help="draw pictures or sounds from a run")
-    add.add_argument("run")
-    add.add_argument("--n", type=int, default=64, help="how many (64)")
-    add.add_argument("--label", nargs="+", help="class names or numbers (all)")
-    add.add_argument("--speaker", nargs="+", help="of sounds: names or numbers of the voices (all, in turn)")
-    add.add_argument("--steps", type=int, help="steps of the sampler")
-    add.add_argument("--guidance", type=float, help="1: none; 2 to 4: clearer, less varied")
-    add.add_argument("--temperature", type=float, help="below 1: safer, less varied")
-    add.add_argument("--seed", type=int, default=0)
-    add.add_argument("--out", required=True, help="folder for samples.npz, grid.png, process.gif, or .wav and spectrograms.png")
-    add = commands.add_parser("encode", help="a picture or sound of your own -> tokens, by a tokenizer or a codec")
-    add.add_argument("run")
-    add.add_argument("file", help="PNG, JPEG, WebP or GIF; WAV, FLAC or OGG")
-    add.add_argument("--out", required=True, help="the file of tokens, .npz")
-    add.add_argument("--kbps", type=float, help="codec: kilobits a second (all that it has)")
-    add = commands.add_parser("decode", help="tokens -> the picture or sound again")
-    add.add_argument("run")
-    add.add_argument("file", help="what encode wrote")
-    add.add_argument("--out", required=True, help="a .png, or a .wav, .flac or .ogg")
-    add = commands.add_parser("evaluate", help="metrics on held-out data")
-    add.add_argument("run")
-    add.add_argument("--n", type=int, default=1000, help="how many samples or test pictures (1000)")
-    add.add_argument("--guidance", type=float)
-    add.add_argument("--steps", type=int)
-    add = commands.add_parser("compare", help="all image paradigms, like for like: a table and a page")
-    add.add_argument("--data", default="cifar10", help="cifar10, scenes or a folder of your own pictures")
-    add.add_argument("--minutes", type=float, default=5.0, help="of training for each method, and for each tokenizer (5)")
-    add.add_argument("--n", type=int, default=500, help="samples of each method (500)")
-    add.add_argument("--seeds", type=int, default=1, help="how often to draw them: the spread of FD-nano (1)")
-    add.add_argument("--out", help="folder of the runs and the page (runs/compare-DATA); the same again goes on with it")
-    add = commands.add_parser("report", help="one HTML page over runs")
-    add.add_argument("runs", nargs="+")
-    add.add_argument("--out", default="report.html")
-    commands.add_parser("bench", help="speed, against the machine's own limits")
+    """Run one command. Returns the exit code: 0; 1 after a sentence about what the user can mend; 2
+    for arguments that do not exist; 130 after Ctrl-C."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    name = arguments[0] if arguments and arguments[0] in COMMANDS else "tour"
     try:
+        parser, command = build_parser(name)
+        if device := peek(arguments, "device")[0].device:
+            os.environ["NANOGEN_DEVICE"] = device  # before a run is loaded for its options
+        if name in DYNAMIC:
+            arguments = DYNAMIC[name](command, arguments)
+        arguments = [re.sub("^--[^=]+", lambda name: name[0].replace("_", "-"), part)
+                     for part in arguments]  # --batch_size is --batch-size
         options, rest = parser.parse_known_args(arguments)
-        if rest and options.command != "train":
-            parser.error(f"unrecognized arguments: {' '.join(rest)}")
-        COMMANDS[options.command or "tour"](options, rest)
+        if rest:
+            near = suggestion(rest[0].partition("=")[0], command._option_string_actions)
+            command.error(f"unrecognized arguments: {' '.join(rest)}{near}")
+        COMMANDS[name][0](options)
     except UserError as error:
         print(f"nanogen: {error}", file=sys.stderr)
-        return 1
+        return 2 if isinstance(error, Misuse) else 1
     except KeyboardInterrupt:
-        how = {"train": "with --resume goes on", "tour": "goes on", "compare": "goes on"}.get(options.command or "tour")
-        print("\nStopped." + (f" What was trained is saved; the same command {how}." if how else ""), file=sys.stderr)
+        how = {"train": "with --resume goes on", "tour": "goes on", "compare": "goes on"}
+        kept = f" What was trained is saved; the same command {how[name]}." if name in how else ""
+        print(f"\nStopped.{kept}", file=sys.stderr)
         return 130
     return 0
 
 
-def train_command(options, rest: list[str]) -> None:
-    from nanogen.lab.runs import CHAPTERS, train_run
-
-    if options.chapter is None:
-        raise UserError("Which chapter? python -m nanogen list has them, python -m nanogen train CHAPTER --help what can be set.")
-    if options.chapter not in CHAPTERS and (late := [part for part in rest if part in CHAPTERS]):  # --minutes 3 flow
-        raise UserError(f"The chapter comes first: train {late[0]}, and then what is to be set.")
-    fields = field_parser(options.chapter)
-    if options.help:
-        return fields.print_help()
-    rest = [re.sub("^--[^=]+", lambda name: name[0][:2] + name[0][2:].replace("-", "_"), part) for part in rest]  # --batch-size
-    overrides = vars(fields.parse_args(rest))
-    run = train_run(options.chapter, options.data, overrides, options.out, options.recipe, options.resume)
-    print(f"Done: {run.folder}. Next: python -m nanogen evaluate {run.folder}")
+def build_parser(name: str) -> tuple[Parser, Parser]:
+    """The parser of everything, and the one of the command `name` within it."""
+    parser = Parser("nanogen", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
+    parser.add_argument("--version", action="version", version=f"nanogen {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND")
+    for command, (_, text, *options) in COMMANDS.items():
+        added = commands.add_parser(command, help=text, description=text, allow_abbrev=False)
+        for flag, text, settings in options:
+            added.add_argument(flag, help=text, **settings)
+        added.add_argument("--device", help="cpu, cuda or mps (the fastest that is there)")
+    return parser, commands.choices[name]
 
 
-def field_parser(chapter: str) -> Parser:
-    """--FIELD VALUE ... -> {field: value}, with the types of the chapter's Config and of Training; the comments are the help."""
-    from nanogen.lab.runs import CHAPTERS, find_recipe, usual_data
-    from nanogen.lab.train import Training
+# ---- options that depend on the method or on the run
 
-    find_recipe(chapter, usual_data(chapter))  # refuses an unknown chapter
-    usage = f"python -m nanogen train {chapter} [--data DATA] [--recipe RECIPE] [--out FOLDER] [--resume] [--FIELD VALUE ...]"
-    parser = Parser(f"nanogen train {chapter}", usage, add_help=False, argument_default=argparse.SUPPRESS)
-    for title, config in (("the model", CHAPTERS[chapter].Config), ("training", Training)):
-        group, source = parser.add_argument_group(f"{title} (recipes may say otherwise)"), inspect.getsource(config)
+def peek(arguments: list[str], *names: str) -> tuple[argparse.Namespace, list[str]]:
+    """The values of these options, before the others are known, and the arguments without them."""
+    scratch = Parser("nanogen", add_help=False, allow_abbrev=False)
+    for name in names:
+        scratch.add_argument(f"--{name}")
+    return scratch.parse_known_args(arguments)
+
+
+def train_options(command: Parser, arguments: list[str]) -> list[str]:
+    """An option for each field of the method's Config and of Training, with the recipe's values.
+    The help is the comment behind the field in the source, so it is written once."""
+    some, rest = peek(arguments[1:], "data", "recipe", "out")
+    if not rest or rest[0] not in METHODS:
+        late = [part for part in rest[1:] if part in METHODS]
+        if late and rest[0].startswith("-"):
+            command.error(f"The method comes first: train {late[0]}")
+        return arguments
+    from nanogen.data.datasets import kind_of
+
+    method, module = rest[0], find(rest[0])
+    data = some.data or ("fsdd" if module.Model.data == "sounds" else "cifar10")
+    kind = kind_of(data) or module.Model.data
+    recipe = lab("recipes").find_recipe(method, data, kind, some.recipe or "default")
+    command.usage = f"nanogen train {method} [--data D] [--recipe R] [--out DIR] [--FIELD VALUE]"
+    for config, part in ((module.Config, "config"), (lab("train").Training, "training")):
+        group, source = command.add_argument_group(part), inspect.getsource(config)
         for field in dataclasses.fields(config):
-            kind = {bool: truth, int: int, float: float, str: str}.get(field.type, numbers)
-            default = ",".join(map(str, field.default)) if kind is numbers else field.default
+            value = recipe[part].get(field.name, field.default)
+            shown = ",".join(map(str, value)) if isinstance(value, tuple | list) else value
             comment = re.search(rf"^ +{field.name}:[^#\n]*#(.*)", source, re.MULTILINE)
-            text = f"{comment[1].strip() if comment else ''} ({default})".replace("%", "%%")
-            group.add_argument(f"--{field.name}", type=kind, metavar="", help=text)
-    return parser
+            add_option(group, field.name, field.type, f"{comment[1].strip()} ({shown})")
+    return arguments
+
+
+def run_options(command: Parser, arguments: list[str]) -> list[str]:
+    """Find the run, wherever its folder stands; its conditions and sampler settings are options."""
+    _, rest = peek(arguments[1:], "n", "seed", "out", "device")
+    folder = next((part for part in rest if (Path(part) / "config.json").is_file()), None)
+    folder = folder or next((part for part in rest if not part.startswith("-")), None)
+    if folder is None:
+        if not {"-h", "--help"} & set(rest):
+            command.error("Which run? Give its folder")
+        return arguments
+    run = lab("runs").load_run(folder)
+    command.set_defaults(run=run, settings=[], conditions={})
+    if run.model.kind == "generator":
+        group = command.add_argument_group("conditions and settings of the sampler")
+        conditions = run.model.conditions if arguments[0] == "sample" else {}
+        settings = lab("sample").sampler_settings(run.model)
+        command.set_defaults(settings=list(settings), conditions=conditions)
+        for name, kind in conditions.items():
+            text = {"class": "names or numbers (all)", "text": "texts"}.get(kind, "files")
+            group.add_argument(f"--{name.removesuffix('s')}", nargs="+", dest=name, help=text)
+        for name, kind in settings.items():
+            add_option(group, name, kind, f"({run.record['sampling'].get(name, 'as it comes')})")
+    at = arguments.index(folder)
+    return [arguments[0], *arguments[1:at], *arguments[at + 1 :]]
+
+
+def add_option(group, name: str, kind: type, text: str) -> None:
+    """--NAME VALUE by its type; for a truth value --NAME, --no-NAME and --NAME false."""
+    common = {"dest": name, "default": argparse.SUPPRESS, "help": text.replace("%", "%%")}
+    name = name.replace("_", "-")
+    if kind is bool:
+        group.add_argument(f"--{name}", type=truth, nargs="?", const=True, metavar="B", **common)
+        group.add_argument(f"--no-{name}", action="store_false", **common | {"help": "not that"})
+    else:
+        convert = kind if kind in (int, float, str) else numbers
+        group.add_argument(f"--{name}", type=convert, metavar="", **common)
 
 
 def truth(text: str) -> bool:
@@ -138,81 +171,99 @@ def numbers(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in text.split(","))
 
 
-def sample_command(options, _) -> None:
-    from nanogen.lab.runs import AUDIO, load_run
-    from nanogen.lab.sampling import sample
+# ---- the commands
 
-    run = load_run(options.run)
-    sample(run, options.n, options.label, Path(options.out), options.seed, speakers=options.speaker, steps=options.steps,
-           guidance=options.guidance, temperature=options.temperature)
-    if run.chapter in AUDIO:
-        print(f"{options.n} sounds: {Path(options.out)}, what they look like: {Path(options.out) / 'spectrograms.png'}")
-    else:
-        print(f"{options.n} pictures: {Path(options.out) / 'grid.png'}, how they came to be: {Path(options.out) / 'process.gif'}")
+def lab(name: str):
+    """A module of nanogen.lab, imported only when a command needs it: --help should be fast."""
+    return importlib.import_module(f"nanogen.lab.{name}")
 
 
-def encode_command(options, _) -> None:
-    from nanogen.data.folders import SAMPLE_RATE
-    from nanogen.lab.coding import encode
-    from nanogen.lab.runs import load_run
-
-    content = encode(load_run(options.run), Path(options.file), Path(options.out), options.kbps)
-    rate = f", {content['kbps']:g} kbit/s for {content['length'] / SAMPLE_RATE:.2f} seconds" if "kbps" in content else ""
-    print(f"{options.out}: tokens of shape {content['tokens'].shape}{rate}")
+def train_command(options) -> None:
+    ours = ("command", "method", "data", "recipe", "out", "resume", "device")
+    overrides = {name: value for name, value in vars(options).items() if name not in ours}
+    run = lab("runs").train_run(options.method, options.data, overrides, options.out,
+                                options.recipe, options.resume)
+    print(f"Done: {run.folder}. Next: nanogen evaluate {run.folder}")
 
 
-def decode_command(options, _) -> None:
-    from nanogen.lab.coding import decode
-    from nanogen.lab.runs import load_run
+def sample_command(options) -> None:
+    run, said = options.run, vars(options)
+    conditions = {name: said[name] for name in options.conditions if said[name]}
+    settings = {name: said[name] for name in options.settings if name in said}
+    out = Path(options.out or run.folder / "samples")
+    lab("sample").sample(run, options.n, conditions, options.seed, out=out, **settings)
+    print(f"{options.n} {run.model.output}: {out}")
 
-    decode(load_run(options.run), Path(options.file), Path(options.out))
+
+def evaluate_command(options) -> None:
+    settings = {name: vars(options)[name] for name in options.settings if name in vars(options)}
+    metrics = lab("evaluate").evaluate(options.run, options.n, seed=options.seed, **settings)
+    for name, value in lab("report").flat(metrics).items():
+        print(f"{name:40} {lab('evaluate').show(value)}")
+
+
+def encode_command(options) -> None:
+    run, out = lab("runs").load_run(options.run), Path(options.out)
+    content = lab("sample").encode(run, Path(options.file), out, options.kbps)
+    rate = f", {content['kbps']:g} kbit/s" if "kbps" in content else ""
+    print(f"{out}: tokens of shape {content['tokens'].shape}{rate}")
+
+
+def decode_command(options) -> None:
+    lab("sample").decode(lab("runs").load_run(options.run), Path(options.file), Path(options.out))
     print(options.out)
 
 
-def evaluate_command(options, _) -> None:
-    from nanogen.lab.evaluate import evaluate, show
-    from nanogen.lab.report import flat
-    from nanogen.lab.runs import load_run
-
-    for name, value in flat(evaluate(load_run(options.run), options.n, guidance=options.guidance, steps=options.steps)).items():
-        print(f"{name:40} {show(value)}")
-
-
-def compare_command(options, _) -> None:
+def compare_command(options) -> None:
     from nanogen.data.datasets import resolved
-    from nanogen.lab.compare import compare
 
     out = Path(options.out or f"runs/compare-{Path(resolved(options.data)).name}")
-    compare(options.data, options.minutes, out, options.n, options.seeds)
+    lab("tour").compare(options.data, options.minutes, out, options.n, options.seeds)
 
 
-def report_command(options, _) -> None:
-    from nanogen.lab.report import write
-
-    print(write([Path(run) for run in options.runs], Path(options.out)))
+def report_command(options) -> None:
+    print(lab("report").write([Path(run) for run in options.runs], Path(options.out)))
 
 
-def list_command(options, _) -> None:
-    from nanogen.lab.tour import list_chapters, markdown
+DATA = "cifar10, scenes, fsdd, voices or a folder of your own images or sounds"
+COMMANDS = {  # name -> function, what it does, its options: flag, help, how argparse reads it
+    "tour": (lambda options: lab("tour").tour(Path(getattr(options, "out", "runs/tour"))),
+             "all methods, tiny, on data made by code; also without a command",
+             ("--out", "folder of the page (runs/tour)", dict(default="runs/tour"))),
+    "list": (lambda _: print(lab("tour").list_methods()),
+             "methods, data sets, recipes, and what to expect"),
+    "train": (train_command, "train a method; --FIELD VALUE sets any field of its Config",
+              ("method", ", ".join(METHODS), dict(metavar="METHOD", choices=METHODS)),
+              ("--data", DATA + " (cifar10 or fsdd)", {}),
+              ("--recipe", "default, full or gpu (default)", dict(default="default")),
+              ("--out", "the run's folder (runs/METHOD-DATA)", {}),
+              ("--resume", "go on with the run in that folder", dict(action="store_true"))),
+    "sample": (sample_command, "draw from a run: sample RUN, options in any order",
+               ("--n", "how many (64)", dict(type=int, default=64)),
+               ("--seed", "of everything drawn (0)", dict(type=int, default=0)),
+               ("--out", "folder of samples.npz and what can be opened (RUN/samples)", {})),
+    "encode": (encode_command, "an image or sound of your own -> tokens",
+               ("run", "the folder of a tokenizer or codec", {}), ("file", "image or sound", {}),
+               ("--out", "the file of tokens, .npz", dict(required=True)),
+               ("--kbps", "codec: kilobits a second (all that it has)", dict(type=float))),
+    "decode": (decode_command, "tokens -> the image or sound again",
+               ("run", "the run that encoded", {}), ("file", "what encode wrote", {}),
+               ("--out", "a .png, or a .wav, .flac or .ogg", dict(required=True))),
+    "evaluate": (evaluate_command, "metrics on held-out data: evaluate RUN",
+                 ("--n", "samples or test examples (1000)", dict(type=int, default=1000)),
+                 ("--seed", "of everything drawn (1)", dict(type=int, default=1))),
+    "compare": (compare_command, "all image methods at one budget: a table and a page",
+                ("--data", "cifar10, scenes or a folder of images", dict(default="cifar10")),
+                ("--minutes", "for each training (5)", dict(type=float, default=5.0)),
+                ("--n", "samples of each method (500)", dict(type=int, default=500)),
+                ("--seeds", "how often they are drawn (1)", dict(type=int, default=1)),
+                ("--out", "folder (runs/compare-DATA); the same again goes on with it", {})),
+    "report": (report_command, "one HTML page about runs",
+               ("runs", "folders of runs", dict(nargs="+")),
+               ("--out", "the page (report.html)", dict(default="report.html"))),
+}
+DYNAMIC = {"train": train_options, "sample": run_options, "evaluate": run_options}
 
-    print(markdown() if options.markdown else list_chapters())
-
-
-def bench_command(_, __) -> None:
-    from nanogen.lab.bench import bench
-
-    bench()
-
-
-def tour_command(options, _) -> None:
-    from nanogen.lab.tour import tour
-
-    tour(Path(getattr(options, "out", "runs/tour")))
-
-
-COMMANDS = {"tour": tour_command, "list": list_command, "train": train_command, "sample": sample_command,
-            "encode": encode_command, "decode": decode_command,
-            "evaluate": evaluate_command, "compare": compare_command, "report": report_command, "bench": bench_command}
 
 if __name__ == "__main__":
     sys.exit(main())
