@@ -1,99 +1,166 @@
-"""The comparison: every method has its row, with what it cost, and what is trained already is left alone."""
+"""The comparison and the tour: each method has its row, and nothing is trained a second time."""
+
+import os
+import subprocess
+import sys
 
 import pytest
 
 from nanogen import UserError
 from nanogen.__main__ import main
-from nanogen.lab import compare, report, runs
+from nanogen.data.datasets import load
+from nanogen.lab import recipes, report, runs, tour
+from nanogen.lab.recipes import find_recipe
 
-SMALL = {
-    "judge": dict(widths=(16, 16, 16)), "tokenizer": dict(codes=32, widths=(16, 16), blocks=1, channels=4),
-    "pixel_ar": dict(width=32, depth=1, heads=2, size=4), "token_ar": dict(width=32, depth=1, heads=2),
-    "maskgit": dict(width=32, depth=1, heads=2), "var": dict(width=32, depth=1, heads=2),
-    "mar": dict(width=32, depth=1, heads=2, head_width=32), "flow": dict(widths=(16, 32), width=32),
+SMALL = {  # fields of Configs
+    "judge": dict(widths=(16, 16, 16)),
+    "tokenizer": dict(widths=(16, 16), blocks=1),
+    "pixel_ar": dict(width=32, depth=1, heads=2, size=4),
+    "token_ar": dict(width=32, depth=1, heads=2),
+    "maskgit": dict(width=32, depth=1, heads=2),
+    "var": dict(width=32, depth=1, heads=2),
+    "mar": dict(width=32, depth=1, heads=2, head_width=32),
+    "flow": dict(widths=(16, 32), width=32),
     "meanflow": dict(widths=(16, 32), width=32),
-}
-EVALUATIONS = {  # of the network for a picture, two a step where SAMPLING guides
-    "pixel_ar": 16, "token_ar": 128, "maskgit": 4, "var": 12, "mar, MSE": 4, "mar, diffusion": 4, "mar, flow": 4,
-    "flow": 12, "meanflow": 1,  # midpoint looks twice a step
+    "codec": dict(widths=(4, 4, 4), crop=1024),
+    "audio_lm": dict(width=32, depth=1, heads=2),
 }
 SAMPLING = {
-    "token_ar": dict(guidance=2.0), "maskgit": dict(steps=2, guidance=2.0), "var": dict(guidance=2.0), "flow": dict(steps=3, guidance=2.0),
+    "token_ar": dict(guidance=2.0),
+    "maskgit": dict(steps=2, guidance=2.0),
+    "var": dict(guidance=2.0),
+    "flow": dict(steps=3, guidance=2.0),
     "mar": dict(steps=2, guidance=2.0, head_steps=5),
 }
+NAMES = ["pixel_ar", "token_ar", "maskgit", "var", "mar, mse", "mar, diffusion", "mar, flow",
+         "flow", "meanflow"]
+
+
+def small_recipe(method, data, kind, name="default"):
+    find_recipe(method, data, kind, name)  # refuses an unknown one
+    return {"training": dict(steps=2, batch_size=8, compile=False), "config": SMALL[method],
+            "sampling": SAMPLING.get(method, {})}
 
 
 @pytest.fixture(scope="module")
-def compared(tmp_path_factory):
-    """(folder, rows) of a comparison of tiny networks on a few drawn scenes, each trained for a step or two."""
-    folder = tmp_path_factory.mktemp("compared") / "all"
+def small_recipes():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("NANOGEN_DATA", str(folder.parent / "no-data"))
-        patch.setattr(runs, "recipes", small_recipes)
-        yield folder, compare.compare("scenes", 0.002, folder, n=20, seeds=2, count=300)
+        for module in (recipes, runs, tour):
+            patch.setattr(module, "find_recipe", small_recipe)
+        yield
 
 
-def small_recipes(chapter):
-    recipe = {"training": dict(steps=2, batch_size=8, compile=False), "config": dict(SMALL[chapter]), "sampling": SAMPLING.get(chapter, {})}
-    return {"cifar10": {"first look": recipe, "eye": recipe}}
+@pytest.fixture(scope="module")
+def compared(tmp_path_factory, small_recipes):
+    """(data, folder, rows) of a comparison of tiny networks, each trained for a step or two."""
+    folder, data = tmp_path_factory.mktemp("compared") / "all", load("scenes", count=200)
+    return data, folder, tour.compare(data, 0.002, folder, n=10, seeds=2)
 
 
 def test_every_method_has_a_row_with_what_it_cost_and_what_it_gave(compared):
-    rows = {row["method"]: row for row in compared[1]}
-    assert list(rows) == list(compare.METHODS)
+    rows = {row["method"]: row for row in compared[2]}
+    assert list(rows) == NAMES
     for name, row in rows.items():
-        assert row["evaluations"] == EVALUATIONS[name], name
-        assert row["parameters"] > 1000 and row["training TFLOPs"] > 1e-7 and row["s/picture"] > 0 and row["minutes"] >= 0
-        assert row["FD-nano"] >= 0 and row["+-"] >= 0 and all(0 <= row[mark] <= 1 for mark in ("class accuracy", "precision", "recall"))
+        assert row["parameters"] > 1000 and row["s/image"] > 0 and row["minutes"] >= 0
+        assert row["FD-nano"] >= 0 and row["+-"] >= 0 and row["floor"] >= 0
+        assert all(0 <= row[mark] <= 1 for mark in ("class accuracy", "precision", "recall"))
         assert ("tokenizer minutes" in row) == (name not in ("pixel_ar", "flow", "meanflow"))
-    assert {name: row["of the head"] for name, row in rows.items() if "of the head" in row} == {
-        "mar, MSE": 2, "mar, diffusion": 10, "mar, flow": 8}  # guided; midpoint makes 4 passes of 5
 
 
-def test_a_flop_is_counted_for_every_product_of_a_step(compared):
-    folder, _ = compared
-    run, source = runs.load_run(folder / "token_ar-scenes"), runs.load_data("scenes", 300)
-    base = runs.load_run(folder / "tokenizer-scenes")
-    counted = compare.training_flops(run, source, base)
-    seen = 8 * int((folder / "token_ar-scenes/log.jsonl").read_text().splitlines()[-1].split('"step": ')[1].split(",")[0])
-    blocks = sum(p.numel() for p in run.model.transformer.parameters() if p.dim() == 2)
-    assert counted > 6 * 0.5 * blocks * 64 * seen  # 6 a weight and token, but for modulations, which are once a picture
-
-
-def test_a_step_has_no_more_pictures_than_there_are(compared):
-    folder, _ = compared
-    run, source = runs.load_run(folder / "flow-scenes"), runs.load_data("scenes", 300)
-    run.config["training"]["batch_size"] = 300
-    counted = compare.training_flops(run, source)
-    run.config["training"]["batch_size"] = 10_000
-    assert compare.training_flops(run, source) == counted
+def test_tokenizer_minutes_include_those_of_the_perceptual_network(compared):
+    _, folder, rows = compared
+    parts = [runs.read_record(folder / f"{name}-scenes")["minutes"]
+             for name in ("tokenizer", "perceptual")]
+    assert rows[NAMES.index("maskgit")]["tokenizer minutes"] == sum(parts) > max(parts)
+    assert runs.read_record(folder / "tokenizer-scenes")["training"]["minutes"] == 0.002
+    assert runs.read_record(folder / "perceptual-scenes")["training"]["steps"] == 2
 
 
 def test_it_leaves_a_page_and_a_table(compared):
-    folder, rows = compared
+    _, folder, rows = compared
     page, text = (folder / "index.html").read_text(), (folder / "table.md").read_text()
-    assert all(name in page and name in text for name in compare.METHODS) and page.count("data:image/png") >= 2 * len(rows)
-    assert report.read_run(folder / "flow-scenes").metrics["seeds"] == 2 and (folder / "flow-scenes/samples/process.gif").exists()
+    assert all(name in page and name in text for name in NAMES)
+    assert page.count("data:image/png") >= 2 * len(rows)
+    assert report.read_run(folder / "flow-scenes")["metrics"]["seeds"] == 2
+    assert (folder / "flow-scenes/samples/process.gif").exists()
 
 
-def test_a_second_call_trains_nothing_again_and_says_the_same(compared, monkeypatch, capsys):
-    folder, rows = compared
+def test_all_methods_are_judged_by_as_many_samples_of_one_judge(compared):
+    _, folder, rows = compared
+    metrics = [report.read_run(path.parent)["metrics"] for path in folder.glob("*/metrics.json")]
+    assert len(metrics) == len(rows)
+    assert {found["samples"] for found in metrics} == {10}
+    assert len({found["judge"] for found in metrics}) == 1
+
+
+def test_a_second_call_trains_nothing_again_and_says_the_same(compared, monkeypatch):
+    data, folder, rows = compared
     monkeypatch.setattr(runs, "train", None)
-    again = compare.compare("scenes", 0.002, folder, n=20, seeds=2, count=300)
+    again = tour.compare(data, 0.002, folder, n=10, seeds=2)
     for before, after in zip(rows, again, strict=True):
-        assert {name: v for name, v in before.items() if name != "s/picture"} == {n: v for n, v in after.items() if n != "s/picture"}
+        assert before | {"s/image": 0} == after | {"s/image": 0}
 
 
-def test_runs_of_another_budget_are_no_comparison(compared):
+def test_a_judge_beside_the_folder_judges_here_too_if_it_is_of_this_data(compared, tmp_path):
+    data, folder, _ = compared
+    runs.copy_run(folder / "judge-scenes", tmp_path / "judge-scenes")
+    judge = runs.judge(data, tmp_path / "new")
+    assert judge.folder == tmp_path / "judge-scenes" and not (tmp_path / "new").exists()
+    assert runs.judge(data, folder).folder == folder / "judge-scenes"
+    other = runs.judge(load("scenes", count=100), tmp_path / "other", quiet=True)
+    assert other.folder == tmp_path / "other/judge-scenes"
+
+
+def test_what_is_no_comparison_is_refused(compared):
+    data, folder, _ = compared
     with pytest.raises(UserError, match="not 3: choose another --out"):
-        compare.compare("scenes", 3, compared[0], n=20, count=300)
-    for numbers in (dict(n=5), dict(seeds=0)):
+        tour.compare(data, 3, folder, n=10)
+    for settings in (dict(n=5), dict(seeds=0)):
         with pytest.raises(UserError, match="at least 10 samples and 1 seed"):
-            compare.compare("scenes", 3, compared[0], count=300, **numbers)
+            tour.compare(data, 3, folder, **settings)
+    with pytest.raises(UserError, match="compare needs images"):
+        tour.compare(load("voices", count=20), 3, folder)
 
 
 def test_the_command_names_its_folder_after_the_data(monkeypatch):
     asked = []
-    monkeypatch.setattr(compare, "compare", lambda *arguments: asked.append(arguments))
+    monkeypatch.setattr(tour, "compare", lambda *arguments: asked.append(arguments))
     assert main(["compare", "--data", "scenes", "--minutes", "2", "--n", "50"]) == 0
-    assert asked[0][:2] == ("scenes", 2.0) and str(asked[0][2]) == "runs/compare-scenes" and asked[0][3:] == (50, 1)
+    assert asked[0][:2] == ("scenes", 2.0) and str(asked[0][2]) == "runs/compare-scenes"
+    assert asked[0][3:] == (50, 1)
+
+
+def test_the_tour_trains_what_it_tells_of_and_goes_on_where_it_was(
+        small_recipes, tmp_path, monkeypatch):
+    story = {"tokenizer": "An image as tokens.", "var": "Scale by scale.", "audio_lm": "A voice."}
+    monkeypatch.setattr(tour, "STORY", story)
+    page = tour.tour(tmp_path, images=100, clips=50).read_text()
+    assert all(f"{method}: {text}" in page for method, text in story.items())
+    assert page.count("<article") == 3 and "data:audio/wav" in page and "data:image/gif" in page
+    names = ["audio_lm-voices", "codec-voices", "judge-scenes", "judge-voices", "perceptual-scenes",
+             "tokenizer-multiscale-scenes", "tokenizer-scenes", "var-scenes"]
+    assert sorted(path.parent.name for path in tmp_path.glob("*/config.json")) == names
+    monkeypatch.setattr(runs, "train", None)
+    monkeypatch.setattr(tour, "evaluate", lambda *_: {})
+    tour.tour(tmp_path, images=100, clips=50)
+
+
+def test_the_list_has_every_method_and_its_recipes(monkeypatch):
+    monkeypatch.setattr(tour, "find_recipe", find_recipe)  # not the small ones
+    text = tour.list_methods()
+    assert all(name in text for name in (*NAMES[:4], "audio_lm", "tokenizer (multiscale)", "codec"))
+    assert "perceptual" in text and "tour" not in text
+    rows = tour.recipe_rows("sounds")
+    assert {row["data"] for row in rows} == {"fsdd", "voices"}
+    assert tour.recipe_tables()[1].count("\n") == len(rows) + 1
+
+
+def test_a_page_is_written_where_the_locale_knows_only_ascii(tmp_path):
+    code = ("from pathlib import Path; from nanogen.lab import report; from nanogen import files; "
+            f"folder = Path({str(tmp_path)!r}); "
+            "files.write_text(folder / 'run' / 'config.json', '{}'); "
+            "rows = {'A': [{'b': '\\u732b'}]}; "
+            "report.write([folder / 'run'], folder / 'index.html', '\\u732b', tables=rows)")
+    locale = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    subprocess.run([sys.executable, "-c", code], env=locale, check=True)
+    assert (tmp_path / "index.html").read_text(encoding="utf-8").count("\u732b") == 3

@@ -1,25 +1,31 @@
-"""MeanFlow against averages known in closed form, and what its sampler says of guidance."""
+"""MeanFlow against averages known in closed form, and how its sampler treats guidance."""
 
 import pytest
 import torch
 from conftest import awake, briefly, tiny_data
+from oracles import gaussian_velocity, toy
 from torch import nn
 
 from nanogen.blocks import flow_matching as fm
 from nanogen.image import meanflow
 from nanogen.lab.train import train
 
-LABELS = torch.tensor([0, 1, 2, 3])  # the last one: no label
+LABELS = torch.tensor([0, 1, 2, 3])  # the last one: the null class
 
 
 def tiny(asleep=False, **fields):
     torch.manual_seed(1)
-    model = meanflow.MeanFlow(meanflow.Config(**dict(widths=(16, 32), width=32, size=8, classes=3) | fields))
+    fields = dict(widths=(16, 32), width=32, size=8, classes=3) | fields
+    model = meanflow.MeanFlow(meanflow.Config(**fields))
     return model if asleep else awake(model)
 
 
+def draw(model, **settings):
+    return model.sample({"labels": LABELS}, **settings)["images"]
+
+
 def gaussian_average(mean, std):
-    """u for data N(mean, std^2): paths keep their place in x_t ~ N(t mean, s(t)^2), so x_r is known from x_t."""
+    """u for data N(mean, std^2): x_t = t mean + s(t) x_0 along a path, so x_t determines x_r."""
 
     def spread(t):
         return ((1 - t) ** 2 + (t * std) ** 2).sqrt()
@@ -37,28 +43,29 @@ def some_times(count):
     return t, t + 0.05 + (0.95 - t) * torch.rand(count)
 
 
-# --- The identity
+# ---- the identity
 
 
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (2.0, 0.3), (-1.0, 1.5)])
 def test_the_true_average_is_its_own_target(mean, std):
-    average, velocity = gaussian_average(mean, std), fm.gaussian_velocity(mean, std)
+    average, velocity = gaussian_average(mean, std), gaussian_velocity(mean, std)
     x, (t, r) = torch.randn(500, 3), some_times(500)
     v = velocity(x, t)
     change = meanflow.change_along_path(average, x, v, t, r, LABELS)
     assert torch.allclose(v + (r - t)[:, None] * change, average(x, t, r), atol=1e-4)
-    wrong = 1.05 * average(x, t, r)
-    assert (v + (r - t)[:, None] * 1.05 * change - wrong).square().mean() > 1e-5  # another field is not
+    wrong = 1.05 * average(x, t, r)  # another field is not
+    assert (v + (r - t)[:, None] * 1.05 * change - wrong).square().mean() > 1e-5
 
 
 def test_one_step_of_the_true_average_is_exact_and_so_are_several():
     x0 = torch.randn(200, 2)
     for steps in (1, 2, 7):
-        states = meanflow.jump(gaussian_average(2.0, 0.3), x0, torch.zeros(200), steps)
-        assert len(states) == steps + 1 and torch.allclose(states[-1], 2.0 + 0.3 * x0, atol=1e-4)
+        states = meanflow.follow_average(gaussian_average(2.0, 0.3), x0, torch.zeros(200), steps)
+        assert len(states) == steps + 1
+        assert torch.allclose(states[-1], 2.0 + 0.3 * x0, atol=1e-4)
 
 
-def test_with_r_equal_to_t_it_is_flow_matching(monkeypatch):
+def test_with_r_equal_to_t_it_is_flow_matching():
     x1, labels = torch.randn(32, 2), torch.zeros(32)
     seen = []
 
@@ -66,44 +73,49 @@ def test_with_r_equal_to_t_it_is_flow_matching(monkeypatch):
         seen.append((t, r))
         return x * t[:, None]
 
+    def times(count, device):
+        return meanflow.draw_times(count, 0, 0.4)[0]
+
     torch.manual_seed(3)
-    loss, error, distance = meanflow.meanflow_loss(network, x1, labels, jumps=0.0, power=0.0)
-    assert len(seen) == 1 and torch.equal(*seen[0]) and not distance.any()  # one pass, no derivative
+    loss, error, length = meanflow.meanflow_loss(network, x1, labels, 0.0, power=0.0)
+    assert len(seen) == 1 and torch.equal(*seen[0]) and not length.any()  # no derivative
     torch.manual_seed(3)
-    expected, each, _ = fm.flow_loss(lambda x, t: x * t[:, None], x1, times=lambda n, device: meanflow.average_times(n, 0, 0.4)[0])
+    expected, each, _ = fm.flow_loss(lambda x, t: x * t[:, None], x1, times=times)
     assert torch.allclose(loss, expected) and torch.allclose(error, each, rtol=1e-4)
 
 
-def test_only_a_share_of_the_batch_pays_for_the_derivative():
+def test_only_a_fraction_of_the_batch_pays_for_the_derivative():
     rows = []
 
     def network(x, t, r, labels):
         rows.append((len(x), (r > t).all().item()))
         return x
 
-    distance = meanflow.meanflow_loss(network, torch.randn(40, 2), torch.zeros(40), jumps=0.25)[2]
-    assert rows == [(40, False), (10, True)] and (distance > 0).tolist() == [True] * 10 + [False] * 30
-    meanflow.meanflow_loss(network, torch.randn(2, 2), torch.zeros(2), jumps=0.25)
+    length = meanflow.meanflow_loss(network, torch.randn(40, 2), torch.zeros(40), 0.25)[2]
+    assert rows == [(40, False), (10, True)] and (length > 0).tolist() == [True] * 10 + [False] * 30
+    meanflow.meanflow_loss(network, torch.randn(2, 2), torch.zeros(2), 0.25)
     assert rows[-1] == (1, True)  # the smallest batch has one, too
 
 
 def test_the_target_has_no_gradient_and_the_weight_evens_out_the_errors():
-    scale, x1 = nn.Parameter(torch.ones(())), torch.randn(64, 2) * torch.logspace(-1, 1, 64)[:, None]
-    outputs = []
+    scale = nn.Parameter(torch.ones(()))
+    x1, outputs = torch.randn(64, 2) * torch.logspace(-1, 1, 64)[:, None], []
 
     def network(x, t, r, labels):
         outputs.append(scale * x * r[:, None])
         return outputs[-1]
 
-    loss, error, _ = meanflow.meanflow_loss(network, x1, torch.zeros(64), jumps=1.0)
-    assert loss.item() == pytest.approx((error / (error + 1e-3)).mean().item()) and not error.requires_grad
+    loss, error, _ = meanflow.meanflow_loss(network, x1, torch.zeros(64), interval_fraction=1.0)
+    assert not error.requires_grad
+    assert loss.item() == pytest.approx((error / (error + 1e-3)).mean().item())
     into_output, into_scale = torch.autograd.grad(loss, [outputs[0], scale])
-    assert torch.allclose(into_scale, (into_output * outputs[0]).sum() / scale, rtol=1e-4)  # by the output and no other way
-    pull = into_output.square().sum(1) * (error + 1e-3) ** 2 / error  # constant: only the weighted error pulls
+    expected = (into_output * outputs[0]).sum() / scale  # through the output and no other way
+    assert torch.allclose(into_scale, expected, rtol=1e-4)
+    pull = into_output.square().sum(1) * (error + 1e-3) ** 2 / error  # constant: weighted errors
     assert torch.allclose(pull, pull[0], rtol=1e-3)
 
 
-# --- A toy
+# ---- a toy
 
 
 class Plane(nn.Module):
@@ -111,15 +123,16 @@ class Plane(nn.Module):
 
     def __init__(self):
         super().__init__()
-        layers = [nn.Linear(4, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 96), nn.SiLU(), nn.Linear(96, 2)]
-        self.net = nn.Sequential(*layers)
+        sizes = [(4, 96), (96, 96), (96, 96), (96, 2)]
+        layers = [layer for size in sizes for layer in (nn.Linear(*size), nn.SiLU())]
+        self.net = nn.Sequential(*layers[:-1])
 
     def forward(self, x, t, r, labels=None):
         return self.net(torch.cat([x, t[:, None], (r - t)[:, None]], dim=1))
 
 
 def test_one_step_reaches_eight_modes_where_one_euler_step_ends_between_them():
-    data, labels, x0 = fm.toy("eight gaussians", 10_000), torch.zeros(256), torch.randn(2000, 2)
+    data, labels, x0 = toy("eight gaussians", 10_000), torch.zeros(256), torch.randn(2000, 2)
     angle = torch.arange(8) * torch.pi / 4
     modes = torch.stack([angle.cos(), angle.sin()], dim=1)
 
@@ -135,13 +148,14 @@ def test_one_step_reaches_eight_modes_where_one_euler_step_ends_between_them():
         distance, mode = torch.cdist(draw(model), modes).min(dim=1)
         return distance.mean(), torch.bincount(mode, minlength=8) / len(mode)
 
-    near, share = distances(lambda u, x1: meanflow.meanflow_loss(u, x1, labels)[0], lambda u: meanflow.jump(u, x0, labels)[-1])
+    near, fractions = distances(lambda u, x1: meanflow.meanflow_loss(u, x1, labels)[0],
+                                lambda u: meanflow.follow_average(u, x0, labels)[-1])
     far, _ = distances(lambda u, x1: fm.flow_loss(lambda x, t: u(x, t, t), x1)[0],
                        lambda u: fm.solve(lambda x, t: u(x, t, t), x0, 1))
-    assert near < 0.3 < 0.7 < far and share.min() > 0.05
+    assert near < 0.3 < 0.7 < far and fractions.min() > 0.05
 
 
-# --- The network
+# ---- the network
 
 
 def test_the_derivative_through_the_network_agrees_with_finite_differences():
@@ -151,16 +165,17 @@ def test_the_derivative_through_the_network_agrees_with_finite_differences():
     t, r = some_times(4)
     change = meanflow.change_along_path(model, x, v, t, r, LABELS)
     with torch.no_grad():
-        step = 1e-2
-        numeric = (model(x + step * v, t + step, r, LABELS) - model(x - step * v, t - step, r, LABELS)) / (2 * step)
+        ahead, behind = (model(x + h * v, t + h, r, LABELS) for h in (1e-2, -1e-2))
+    numeric = (ahead - behind) / 2e-2
     assert (change - numeric).norm() < 0.03 * change.norm() and not change.requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.allclose(meanflow.change_along_path(model, x, v, t, r, LABELS), change, atol=1e-4)
+        again = meanflow.change_along_path(model, x, v, t, r, LABELS)
+    assert torch.allclose(again, change, atol=1e-4)
 
 
-def test_the_derivative_goes_through_attention_over_many_places():
-    model = tiny(widths=(32, 32), size=64, attention_at=2)  # 32 x 32 places: too many for `attention` to multiply out
-    x, (t, r) = torch.randn(1, 3, 64, 64), some_times(1)
+def test_the_derivative_goes_through_attention_over_many_positions():
+    model = tiny(widths=(32, 32), size=64, attention_at=2)
+    x, (t, r) = torch.randn(1, 3, 64, 64), some_times(1)  # 32 x 32: too many for plain attention
     assert meanflow.change_along_path(model, x, x, t, r, LABELS[:1]).isfinite().all()
 
 
@@ -168,62 +183,68 @@ def test_the_derivative_goes_through_attention_over_many_places():
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_every_weight_gets_a_gradient(guidance, autocast):
     model = tiny(guidance=guidance)
-    images = torch.randn(8, 3, 8, 8)
+    batch = {"images": torch.randn(8, 3, 8, 8), "labels": torch.tensor([0, 1, 2, 0] * 2)}
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-        loss, numbers = model.loss({"images": images, "labels": torch.tensor([0, 1, 2, 0] * 2)})
+        loss, errors = model.loss(batch)
     loss.backward()
-    assert set(numbers) == {"error_flow", "error_jump"} and all(number > 0 for number in numbers.values())
-    without = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.isfinite().all() or not p.grad.any()]
-    assert not without
+    assert set(errors) == {"error_flow", "error_interval"}
+    assert all(error > 0 for error in errors.values())
+    gradients = {name: p.grad for name, p in model.named_parameters()}
+    assert not [name for name, g in gradients.items()
+                if g is None or not g.isfinite().all() or not g.any()]
 
 
-def test_it_can_learn_one_batch_by_heart():
-    model, images = tiny(asleep=True, guidance=1.0, label_dropout=0.0), tiny_data("flow", count=4)["images"]
+def test_it_can_overfit_one_batch():
+    model = tiny(asleep=True, guidance=1.0, label_dropout=0.0)
+    images = tiny_data("flow", count=4)["images"]
     images = images[:, :, :1, :1].expand_as(images)  # flat: a small network learns that soon
-    data = {"images": images.repeat(4, 1, 1, 1), "labels": LABELS.repeat(4)}  # a label for each picture
+    data = {"images": images.repeat(4, 1, 1, 1), "labels": LABELS.repeat(4)}  # one label each
     log = train(model, data, briefly(100, flip=False, lr=1e-2), quiet=True)
-    for error in ("error_flow", "error_jump"):
+    for error in ("error_flow", "error_interval"):
         assert sum(record[error] for record in log[-10:]) / 10 < 0.5 < 0.8 < log[0][error]
 
 
-# --- Sampling
+# ---- sampling
 
 
 def test_one_step_is_noise_plus_the_average_velocity():
     model = tiny()
-    picture, states = model.sample(LABELS, seed=4, frames=True)
+    drawn = model.sample({"labels": LABELS}, seed=4, frames=True)
     noise = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(4))
     with torch.no_grad():
         expected = noise + model(noise, torch.zeros(4), torch.ones(4), LABELS)
-    assert torch.equal(picture, expected.clamp(-1, 1)) and torch.equal(picture, model.sample(LABELS, steps=1, seed=4))
-    assert len(states) == 2 and len(model.sample(LABELS, steps=3, frames=True)[1]) == 4
-    assert not torch.equal(picture, model.sample(LABELS, steps=2, seed=4))
+    assert torch.equal(drawn["images"], expected.clamp(-1, 1)) and len(drawn["frames"]) == 2
+    assert torch.equal(drawn["images"], draw(model, steps=1, seed=4))
+    assert not torch.equal(drawn["images"], draw(model, steps=2, seed=4))
+    assert len(model.sample({"labels": LABELS}, steps=3, frames=True)["frames"]) == 4
 
 
 def test_guidance_is_the_trained_one_or_refused():
     model = tiny(guidance=2.5)
     passes = []
     model.network.register_forward_pre_hook(lambda module, inputs: passes.append(len(inputs[0])))
-    pictures = model.sample(LABELS)
-    assert passes == [4]  # one pass, of each picture once
-    assert torch.equal(pictures, model.sample(LABELS, guidance=1.0)) and torch.equal(pictures, model.sample(LABELS, guidance=2.5))
+    images = draw(model)
+    assert passes == [4]  # one pass, of each image once
+    assert all(torch.equal(images, draw(model, guidance=guidance)) for guidance in (1.0, 2.5))
     with pytest.raises(ValueError, match="guidance 2.5 is trained in and cannot become 4"):
-        model.sample(LABELS, guidance=4.0)
+        draw(model, guidance=4.0)
 
 
-def test_the_guided_velocity_exaggerates_the_label_and_leaves_what_has_none():
-    model, x, v = tiny(guidance=3.0), torch.randn(4, 3, 8, 8), torch.randn(4, 3, 8, 8)
-    t = torch.full((4,), 0.4)
+def test_the_guided_velocity_exaggerates_the_label_and_leaves_the_null_class_alone():
+    model, (x, v), t = tiny(guidance=3.0), torch.randn(2, 4, 3, 8, 8), torch.full((4,), 0.4)
     with torch.no_grad():
         uncond = model(x, t, t, torch.full((4,), 3))
     velocity = model.guided_velocity(x, t, v, LABELS)
-    assert torch.allclose(velocity[:3], (uncond + 3 * (v - uncond))[:3], atol=1e-5) and torch.equal(velocity[3], v[3])
+    assert torch.allclose(velocity[:3], (uncond + 3 * (v - uncond))[:3], atol=1e-5)
+    assert torch.equal(velocity[3], v[3])
     assert tiny(guidance=1.0).guided_velocity(x, t, v, LABELS) is v
 
 
-@pytest.mark.parametrize("fields", [dict(jumps=1.5), dict(power=-1.0), dict(guidance=-2.0), dict(width=0)])
-def test_settings_that_cannot_be_are_refused_by_name(fields):
+@pytest.mark.parametrize("fields", [
+    dict(interval_fraction=1.5), dict(power=-1.0), dict(guidance=-2.0), dict(width=0),
+    dict(widths=(20,)), dict(size=12)])
+def test_bad_settings_are_refused_by_name(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
-        meanflow.MeanFlow(meanflow.Config(**fields))
+        meanflow.Config(**fields)
     with pytest.raises(ValueError, match="steps must be"):
-        tiny().sample(LABELS, steps=0)
+        draw(tiny(), steps=0)

@@ -1,0 +1,137 @@
+"""Samples and the evaluation of runs on images. Those on sounds: test_sound_lab.py."""
+
+import dataclasses
+import json
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from conftest import tiny_tokenizer
+from PIL import Image
+
+from nanogen import UserError, judge
+from nanogen.data.datasets import load
+from nanogen.files import content_hash
+from nanogen.lab import evaluate as evaluation
+from nanogen.lab.evaluate import evaluate, rounded
+from nanogen.lab.report import write
+from nanogen.lab.runs import load_run
+from nanogen.lab.sample import sample
+
+STEPS = {"maskgit": {"steps": 5}, "flow": {"steps": 5}, "dit": {"steps": 5}}  # the others have none
+
+
+# ---- samples
+
+
+@pytest.mark.parametrize("method", ["token_ar", "maskgit", "pixel_ar", "flow", "dit"])
+def test_samples_are_written_as_promised(method, finished, tmp_path):
+    run, out = finished[method], tmp_path / "samples"
+    size = run.model.config.size
+    drawn = sample(run, 6, out=out, guidance=2.0, **STEPS.get(method, {}))
+    with np.load(out / "samples.npz") as file:
+        assert set(file.files) == {"images", "labels"}
+        assert file["images"].shape == (6, size, size, 3) and file["images"].dtype == np.uint8
+        assert file["labels"].tolist() == [0, 0, 0, 1, 1, 1] and file["labels"].dtype == np.int64
+        assert np.array_equal(file["images"], drawn["images"])
+    with Image.open(out / "process.gif") as film, Image.open(out / "grid.png") as sheet:
+        assert film.is_animated and sheet.width >= 6 * size
+    assert not list(out.glob("*partial*"))
+
+
+def test_samples_of_some_classes_and_with_frames(finished):
+    run = finished["flow"]
+    for labels, numbers in ((["Plum"], [1] * 4), (["1", "apple"], [1, 1, 0, 0]), ([0], [0] * 4)):
+        assert sample(run, 4, {"labels": labels}, steps=2)["labels"].tolist() == numbers
+    drawn = sample(run, 5, frames=True, steps=3, batch_size=2)
+    assert drawn["frames"].shape == (4, 5, 32, 32, 3)
+    assert np.array_equal(drawn["frames"][-1], drawn["images"])
+    first, second = (sample(run, 4, steps=3, seed=seed)["images"] for seed in (1, 2))
+    assert not np.array_equal(first, second)
+    assert np.array_equal(run.sample(4, seed=1, steps=3), first)
+    plums = sample(run, 2, {"labels": ["plum"]}, steps=3)["images"]
+    assert np.array_equal(run.sample(2, label="plum", steps=3), plums)
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (dict(n=0), "at least 1"), (dict(labels=["pear"]), "no label 'pear'.*apple, plum"),
+    (dict(labels=["2"]), "no label"), (dict(labels=["-1"]), "no label"),
+    (dict(speakers=["ann"]), "no condition 'speakers': choose from labels"),
+    (dict(steps=-3), "steps must be"), (dict(sparkle="red"), "no sampler setting 'sparkle'")])
+def test_what_cannot_be_sampled_is_a_sentence(arguments, words, finished):
+    conditions = {name: arguments[name] for name in arguments if name in ("labels", "speakers")}
+    others = {name: arguments[name] for name in arguments if name not in conditions}
+    with pytest.raises(UserError, match=words):
+        sample(finished["flow"], **{"n": 2} | others, conditions=conditions)
+
+
+@pytest.mark.parametrize("name", ["judge", "tokenizer"])
+def test_judges_and_tokenizers_have_nothing_to_sample(name, finished):
+    with pytest.raises(UserError, match="nothing to sample"):
+        sample(finished[name], 2)
+    with pytest.raises(UserError, match="nothing to sample, and no use for guidance"):
+        evaluate(finished[name], steps=None, guidance=2.0)
+
+
+# ---- evaluation
+
+GENERATOR = {"fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy", "precision", "recall",
+             "seconds_per_image", "judge"}
+METRICS = {
+    "judge": {"test_accuracy", "judge"},
+    "tokenizer": {"psnr", "ssim", "fd_nano", "codebook_usage", "perplexity", "codebook_size"},
+    "tokenizer-kl": {"psnr", "ssim", "fd_nano", "class_accuracy"},
+    "pixel_ar": {"bits_per_dim", "bits_per_dim_png", "fd_nano"},
+    "maskgit": GENERATOR, "flow": GENERATOR,
+}
+
+
+@pytest.mark.parametrize("name", METRICS)
+def test_evaluation_writes_the_metrics_of_the_method(name, copied):
+    run, steps = load_run(copied(name)), 2 if name in ("maskgit", "flow") else None
+    metrics = evaluate(run, n=6, quiet=True, steps=steps, guidance=None)
+    assert json.loads((run.folder / "metrics.json").read_text()) == metrics
+    assert metrics["parameters"] > 0 and "machine" in metrics
+    judge = run.folder.parent / "judge-fruit/model.safetensors"
+    assert metrics["judge"] == content_hash(judge)
+    assert all(math.isfinite(metrics[key]) for key in METRICS[name] - {"judge"})
+    if steps:  # what was really used
+        assert metrics["steps"] == 2
+        assert metrics["guidance"] == run.record["sampling"]["guidance"]
+        assert (run.folder / "samples/grid.png").exists()
+    if name == "tokenizer":
+        assert 0 < metrics["codebook_usage"] <= 1
+
+
+@pytest.mark.parametrize("count", [2, 6, 13, 25])
+def test_originals_and_reconstructions_have_rows_of_their_own_and_the_size_of_the_tokenizer(
+        count, own_images, tmp_path, monkeypatch):
+    source, shown = load(own_images), []
+    few = {name: column[:count] for name, column in source.train.items()}
+    source = dataclasses.replace(source, test=few)
+    tokenizer = tiny_tokenizer("none", grid=8)  # of 16x16 pixels, from 32x32
+    run = SimpleNamespace(model=tokenizer, folder=tmp_path)
+    monkeypatch.setattr(tokenizer, "encode", lambda images: images)
+    monkeypatch.setattr(tokenizer, "decode", lambda images: -images)
+    monkeypatch.setattr(evaluation, "grid", lambda images, columns: shown.append(
+        (images, columns)) or Image.new("RGB", (1, 1)))
+    expert = judge.Judge(judge.Config(widths=(16, 16, 16), classes=2)).eval()
+    evaluation.evaluate_tokenizer(run, source, expert, count)
+    images, columns = shown[0]
+    rows = np.split(images, len(images) // columns)
+    assert columns == min(10, count) and images.shape[1:] == (16, 16, 3)
+    assert len(rows) == (4 if count > 20 else 2)
+    for original, reconstruction in zip(rows[::2], rows[1::2], strict=True):
+        assert (abs(255.0 - original - reconstruction) <= 1).all()
+
+
+def test_what_could_not_be_measured_is_left_out():
+    result = {"a": 0.123456, "b": math.nan, "c": {"d": math.nan, "e": 1}}
+    assert rounded(result) == {"a": 0.12346, "c": {"e": 1}}
+
+
+def test_the_report_takes_every_kind_of_run(finished, tmp_path):
+    page = write([run.folder for run in finished.values()], tmp_path / "report.html").read_text()
+    assert page.count("<svg") + page.count("data:image/png") >= len(finished)
+    assert "maskgit on fruit" in page
