@@ -135,3 +135,10 @@ def test_the_report_takes_every_kind_of_run(finished, tmp_path):
     page = write([run.folder for run in finished.values()], tmp_path / "report.html").read_text()
     assert page.count("<svg") + page.count("data:image/png") >= len(finished)
     assert "maskgit on fruit" in page
+
+
+def test_a_run_that_is_named_by_a_dot_has_the_judge_beside_it(copied, monkeypatch):
+    folder = copied("flow")
+    monkeypatch.chdir(folder)
+    assert evaluate(load_run("."), n=4, steps=1, quiet=True)["fd_nano"] >= 0
+    assert not list(folder.glob("judge-*"))

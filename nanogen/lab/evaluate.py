@@ -7,7 +7,9 @@
     judges       accuracy on the test data
 """
 
+import os
 import time
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -39,7 +41,7 @@ def evaluate(run: Run, n: int = 1000, dataset: Dataset | None = None, seed: int 
         raise UserError(f"{dataset.name} has {total} test examples, not 2: add files.")
     expert = run if model.kind == "judge" else None
     if not expert and dataset.kind != "videos" and model.output == dataset.main:
-        expert = judge(dataset, run.folder.parent, quiet)
+        expert = judge(dataset, Path(os.path.normpath(run.folder / "..")), quiet)
     if model.kind == "judge":
         test = test_columns(run, dataset)
         result = accuracies(model, test[dataset.main], test)
