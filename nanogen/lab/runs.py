@@ -344,5 +344,5 @@ def read_record(folder: Path) -> dict:
                    "delete the folder and train again."):
         record = json.loads(content)
         find(record["method"])
-        record["data"]["fingerprint"], record["config"], record["training"], record["names"]
+        record["name"], record["data"]["fingerprint"], record["config"], record["training"]
         return record
