@@ -251,16 +251,20 @@ def test_data_is_kept_in_nanogen_data_or_in_the_checkout(cifar10, tmp_path, monk
     cifar10.files.clear()
     monkeypatch.setenv("NANOGEN_DATA", str(tmp_path))
     check_cifar10(load("cifar10"), cifar10)
-    assert datasets.data_folder() == tmp_path
+
+    def kept_in() -> Path:  # where new data goes
+        return next(filter(datasets.writable, datasets.data_folders()))
+
+    assert kept_in() == tmp_path
     monkeypatch.setenv("NANOGEN_DATA", "")
     monkeypatch.setattr(datasets, "REPOSITORY", tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     cache = tmp_path / "home" / ".cache" / "nanogen"
-    assert datasets.data_folder() == cache, "an installed package has no pyproject.toml beside it"
+    assert kept_in() == cache, "an installed package has no pyproject.toml beside it"
     (tmp_path / "pyproject.toml").write_text("")
-    assert datasets.data_folder() == tmp_path / "data"
+    assert kept_in() == tmp_path / "data"
     (tmp_path / "data").mkdir(0o555)
-    assert datasets.data_folder() == cache, "data/ is read-only"
+    assert kept_in() == cache, "data/ is read-only"
     shutil.copy(tmp_path / "cifar10.npz", tmp_path / "data" / "cifar10.npz")
     check_cifar10(load("cifar10"), cifar10)
 

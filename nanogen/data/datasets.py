@@ -9,7 +9,7 @@ All of them are small: a few arrays in memory, from which a training draws batch
     a folder   images or sounds of one's own, one sub-folder for each class
 
 "fsdd-without-jackson" has the speaker jackson in its test part alone: an unseen speaker.
-Named data sets are kept as <name>.npz in `data_folder()`. data/README.md has hosts and licences.
+Named data sets are kept as <name>.npz in `data_folders()`. data/README.md has hosts and licences.
 """
 
 import ast
@@ -160,11 +160,6 @@ def data_folders() -> list[Path]:
     own = os.environ.get("NANOGEN_DATA")
     checkout = REPOSITORY / "data" if (REPOSITORY / "pyproject.toml").exists() else None
     return [Path(path).expanduser() for path in (own, checkout, "~/.cache/nanogen") if path]
-
-
-def data_folder() -> Path:
-    """Where new data is kept."""
-    return next(filter(writable, data_folders()))
 
 
 def writable(folder: Path) -> bool:

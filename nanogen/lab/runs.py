@@ -24,7 +24,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from nanogen import UserError
-from nanogen.data.datasets import Dataset, data_folder, kind_of, load, resolved, whole
+from nanogen.data.datasets import Dataset, data_folders, kind_of, load, resolved, whole
 from nanogen.files import content_hash, explained, make_folder, write_atomically, write_json
 from nanogen.lab import machine
 from nanogen.lab.prepare import prepare
@@ -54,7 +54,7 @@ class Run:
     def dataset(self) -> Dataset:
         """The data set of this run. UserError if it is no longer what the run was trained on."""
         data = self.record["data"]
-        dataset = remembered(data["origin"], data["count"], data_folder())
+        dataset = remembered(data["origin"], data["count"], tuple(data_folders()))
         check_data(self.folder, self.record, dataset)
         return dataset
 
@@ -74,8 +74,8 @@ class Run:
 
 
 @functools.lru_cache(maxsize=2)
-def remembered(origin: str, count: int | None, folder: Path) -> Dataset:
-    """`load`, remembering the last two. In another `folder`, the same name is other data."""
+def remembered(origin: str, count: int | None, folders: tuple[Path, ...]) -> Dataset:
+    """`load`, remembering the last two. In other `folders`, the same name is other data."""
     return load(origin, count=count)
 
 
@@ -302,7 +302,7 @@ def copy_run(source: Path, target: Path) -> None:
 def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) -> Run:
     """The judge of a data set, in `folder`: loaded, or trained now. It knows every speaker."""
     if (origin := whole(dataset.origin)) != dataset.origin:
-        dataset = remembered(origin, dataset.count, data_folder())
+        dataset = remembered(origin, dataset.count, tuple(data_folders()))
     place = Path(folder) / run_name("judge", dataset.name, {})
     beside = place.parent.parent / place.name  # runs/judge-x serves runs/compare-x, too
     if not (place / RECORD).exists() and (beside / WEIGHTS).exists() \
