@@ -7,6 +7,7 @@ import shutil
 import tarfile
 import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -135,6 +136,22 @@ def test_no_network_and_a_broken_connection_are_sentences_too(cifar10, tmp_path)
     with pytest.raises(UserError, match="could not be downloaded .*refused"):
         load("cifar10", tmp_path)
     assert os.listdir(tmp_path) == []
+
+
+def test_two_processes_that_download_at_once_leave_one_whole_file(cifar10, tmp_path, monkeypatch):
+    together, savez = threading.Barrier(2, timeout=60), np.savez
+
+    def write(path, **arrays):  # both have written before one of them renames its file
+        savez(path, **arrays)
+        together.wait()
+
+    monkeypatch.setattr(np, "savez", write)
+    monkeypatch.setattr(os, "getpid", threading.get_ident)  # threads that pass for processes
+    with ThreadPoolExecutor(2) as pool:
+        for data in pool.map(lambda _: load("cifar10", tmp_path), range(2)):
+            check_cifar10(data, cifar10)
+    assert os.listdir(tmp_path) == ["cifar10.npz"]
+    check_cifar10(load("cifar10", tmp_path), cifar10)
 
 
 def test_an_archive_put_there_by_hand_is_taken_and_kept(cifar10, tmp_path):
@@ -450,7 +467,7 @@ def test_the_centre_is_kept_and_resized_without_aliasing(tmp_path):
     assert read_image(tmp_path / "turned.jpg")[0].mean() > 200
 
 
-def test_a_folder_of_images(tmp_path):
+def test_a_folder_of_images(tmp_path, capsys):
     folder = tmp_path / "pets"
     for i in range(20):
         grey_image(folder / "cat" / f"{i}.png", i, (33, 40, 3))
@@ -462,10 +479,10 @@ def test_a_folder_of_images(tmp_path):
     (folder / "cat" / "._0.png").write_bytes(b"what macOS leaves behind")
     (folder / "cat" / "notes.txt").write_text("no image")
     (folder / "empty").mkdir()
-    with pytest.warns(UserWarning, match="Skipped") as caught:
-        data = load(folder)
-    assert "broken.jpg" in str(caught[0].message) and "cut.png" in str(caught[0].message)
-    assert "._0" not in str(caught[0].message)
+    data, said = load(folder), capsys.readouterr().out
+    assert "23 images of 3 classes (cat 20, dog 2, emu 1), 3 for the test. " in said
+    assert "squares have 33 to 3,000 pixels a side" in said and "Ignored: 1 .txt. Skipped 2" in said
+    assert "broken.jpg" in said and "cut.png" in said and "._0" not in said
     assert data.name == "pets" and data.origin == str(folder.resolve()) and data.kind == "images"
     assert data.names == {"labels": ["cat", "dog", "emu"]}
     learned = np.bincount(data.train["labels"]).tolist()
@@ -474,10 +491,7 @@ def test_a_folder_of_images(tmp_path):
     assert data.train["images"].shape == (20, 32, 32, 3) and data.test["images"].dtype == np.uint8
     cats = [part["images"][part["labels"] == 0][:, 0, 0, 0] for part in (data.train, data.test)]
     assert sorted(np.concatenate(cats).tolist()) == list(range(20)), "each image in one part"
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        folder.rename(tmp_path / "animals")
-        again = load(tmp_path / "animals")
+    again = load(folder.rename(tmp_path / "animals"))
     assert np.array_equal(again.test["images"], data.test["images"]), "the same split every time"
     assert again.fingerprint == data.fingerprint, "a folder that was moved has the same content"
 
@@ -523,6 +537,84 @@ def test_further_formats_and_no_hidden_files(tmp_path):
     assert np.abs(clip[:8000] - expected)[800:-800].max() < 0.05
 
 
+def tree(folder: Path, *names: str) -> Path:
+    """Small images with different pixels."""
+    for level, name in enumerate(names):
+        grey_image(folder / name, level, (4, 4, 3))
+    return folder
+
+
+@pytest.mark.parametrize("names", [("train", "val"), ("Training", "Testing"), ("train", "valid")])
+def test_train_and_val_folders_are_parts_and_no_classes(names, tmp_path, capsys):
+    first, second = names
+    data = load(tree(tmp_path, f"{first}/cat/a.png", f"{first}/dog/b.png", f"{first}/emu/c.png",
+                     f"{second}/dog/d.png", f"{second}/hen/e.png"))
+    assert data.names["labels"] == ["cat", "dog", "emu"] and data.test["labels"].tolist() == [1]
+    assert sorted(data.train["images"][:, 0, 0, 0]) == [0, 1, 2]
+    said = capsys.readouterr().out
+    assert f"1 for the test, those in {second}/." in said
+    assert f"Ignored: 1 .png in {second}/hen/." in said, "train/ has no hen to learn from"
+
+
+def test_of_val_and_test_folders_test_is_the_test_and_val_is_said_to_be_ignored(tmp_path, capsys):
+    data = load(tree(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png",
+                     "test/b/5.png", "x.png"))
+    assert data.test["images"][:, 0, 0, 0].tolist() == [4] and len(data) == 2
+    assert "Ignored: 2 .png in val/, 1 .png beside the folders." in capsys.readouterr().out
+
+
+def test_a_class_that_is_called_train_stays_a_class(tmp_path):
+    classes = ("plane/1.png", "plane/2.png", "train/3.png", "train/4.png", "val/5.png")
+    assert load(tree(tmp_path / "a", *classes)).names["labels"] == ["plane", "train", "val"]
+    steam = ("plane/1.png", "train/steam/2.png", "train/diesel/3.png")
+    assert load(tree(tmp_path / "b", *steam)).names["labels"] == ["plane", "train"]
+    unlabelled = ("train/a/1.png", "train/a/2.png", "train/b/3.png", "test/4.png")
+    data = load(tree(tmp_path / "c", *unlabelled))
+    assert data.names["labels"] == ["a", "b"] and len(data.test["labels"]) == 1
+
+
+def test_of_many_classes_the_smallest_and_the_largest_are_named(tmp_path, capsys):
+    names = [f"{name}/{i}.png" for name in "abcdefghijkl" for i in range(2)]
+    load(tree(tmp_path, *names, "c/2.png"))
+    assert "12 classes (smallest: a 2, largest: c 3), 12" in capsys.readouterr().out
+
+
+def test_a_class_without_a_readable_file_leaves_no_gap_in_the_labels(tmp_path):
+    tree(tmp_path, "a/1.png", "b/2.png", "c/3.png", "c/4.png")
+    (tmp_path / "b/2.png").write_bytes(b"broken")
+    data = load(tmp_path)
+    assert data.names["labels"] == ["a", "c"] and set(data.train["labels"]) == {0, 1}
+
+
+def test_the_fingerprint_of_a_folder_is_that_of_its_files_wherever_it_stands(tmp_path):
+    folder = tree(tmp_path / "pets", *(f"{name}/{i}.png" for name in "ab" for i in range(3)))
+    seen = {load(folder).fingerprint}
+    assert {load(shutil.copytree(folder, tmp_path / "pets-2")).fingerprint} == seen
+    flat = load(shutil.copytree(folder / "a", tmp_path / "flat")).fingerprint
+    assert load((tmp_path / "flat").rename(tmp_path / "renamed")).fingerprint == flat
+    with open(folder / "a/1.png", "ab") as file:
+        file.write(b" ")  # the same pixels
+    seen.add(load(folder).fingerprint)
+    seen.add(load((folder / "a").rename(folder / "c").parent).fingerprint)
+    seen.add(load(tree(folder, "z/1.png")).fingerprint)
+    assert len(seen) == 4
+
+
+def test_a_folder_that_changed_is_read_again(tmp_path):
+    folder = tree(tmp_path / "pets", "a/1.png", "a/2.png", "b/3.png")
+    first = datasets.remembered(str(folder))
+    assert datasets.remembered(str(folder)) is first
+    (folder / "a/1.png").rename(folder / "b/1.png")
+    assert datasets.remembered(str(folder)).fingerprint != first.fingerprint
+
+
+def test_a_folder_called_train_is_named_with_the_folder_above(tmp_path):
+    folder = tree(tmp_path / "pets", "train/a/1.png", "test/a/2.png") / "train"
+    assert load(folder).name == datasets.name_of(folder) == "pets-train"
+    assert datasets.name_of(f"{folder.parent}/") == "pets"
+    assert datasets.name_of("fsdd-without-a") == "fsdd-without-a"
+
+
 def test_a_photo_of_108_megapixels_is_read_without_a_warning(tmp_path):
     Image.new("L", (12_000, 9_000), 120).save(tmp_path / "photo.jpg", quality=30)
     with warnings.catch_warnings():
@@ -538,7 +630,7 @@ def test_a_decompression_bomb_is_a_sentence(tmp_path, monkeypatch):
             load(tmp_path)
 
 
-def test_a_folder_of_sounds_is_mixed_to_mono_at_8_khz(tmp_path):
+def test_a_folder_of_sounds_is_mixed_to_mono_at_8_khz(tmp_path, capsys):
     seconds = np.arange(44_100) / 44_100
     tone, too_high = np.sin(2 * np.pi * 440 * seconds), np.sin(2 * np.pi * 6000 * seconds)
     (tmp_path / "a").mkdir()
@@ -551,11 +643,11 @@ def test_a_folder_of_sounds_is_mixed_to_mono_at_8_khz(tmp_path):
     (tmp_path / "a" / "cut.wav").write_bytes(whole[: len(whole) // 3])
     (tmp_path / "b" / "broken.wav").write_bytes(b"RIFF....")
     soundfile.write(tmp_path / "b" / "empty.wav", np.zeros(0), 8000)
-    with pytest.warns(UserWarning, match="Skipped") as caught:
-        data = load(tmp_path)
-    skipped = str(caught[0].message)
-    assert all(name in skipped for name in ("broken.wav", "empty.wav", "cut.wav is no sound"))
-    assert "cut off: " in skipped
+    Image.new("RGB", (9, 9)).save(tmp_path / "a" / "cover.png")  # sounds are more
+    data, said = load(tmp_path), capsys.readouterr().out
+    assert all(name in said for name in ("broken.wav", "empty.wav", "cut.wav is no sound"))
+    assert "cut off: " in said and "Ignored: 1 .png." in said
+    assert "They last 3.0 s in total, the longest 1.0 s." in said
     assert data.names == {"labels": ["a", "b"], "speakers": ["unknown"]}
     assert data.sample_rate == 8000
     assert data.train["speakers"].tolist() == [0, 0] and data.classes("speakers") == 1

@@ -3,21 +3,24 @@
 import dataclasses
 import json
 import math
+import shutil
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from conftest import tiny_tokenizer
+from conftest import QUICK, TINY, tiny_tokenizer
 from PIL import Image
 
 from nanogen import UserError, judge
+from nanogen.__main__ import main
 from nanogen.data.datasets import load
 from nanogen.files import content_hash
 from nanogen.lab import evaluate as evaluation
+from nanogen.lab import recipes, runs
 from nanogen.lab.evaluate import evaluate, rounded
 from nanogen.lab.report import write
-from nanogen.lab.runs import load_run
-from nanogen.lab.sample import sample
+from nanogen.lab.runs import load_run, train_run
+from nanogen.lab.sample import number_of, sample
 
 STEPS = {"maskgit": {"steps": 5}, "flow": {"steps": 5}, "dit": {"steps": 5}}  # the others have none
 
@@ -64,6 +67,20 @@ def test_what_cannot_be_sampled_is_a_sentence(arguments, words, finished):
     others = {name: arguments[name] for name in arguments if name not in conditions}
     with pytest.raises(UserError, match=words):
         sample(finished["flow"], **{"n": 2} | others, conditions=conditions)
+
+
+@pytest.mark.parametrize(("names", "said", "number"), [
+    ("A a", "a", 1), ("A a", "A", 0), ("Cat dog", "cAT", 0), ("Cat CAT", "cat", None),
+    ("2 10", "1", None), ("2 10", "10", 1), ("cat dog", "1", 1), ("cat dog", 1, 1),
+    ("cat dog", "\u00b2", None), ("cat dog", "-1", None), ("cat dog", "2", None),
+    ("Lo\u0308we dog", "l\u00f6we", 0), (" dog", "", None), (" dog", "0", None)])
+def test_a_class_is_found_by_its_own_name_first(names, said, number):
+    run = SimpleNamespace(names={"labels": names.split(" ")})
+    if number is None:
+        with pytest.raises(UserError, match="There is no label .*: choose from "):
+            number_of(said, "labels", run)
+    else:
+        assert number_of(said, "labels", run) == number
 
 
 @pytest.mark.parametrize("name", ["judge", "tokenizer"])
@@ -142,3 +159,34 @@ def test_a_run_that_is_named_by_a_dot_has_the_judge_beside_it(copied, monkeypatc
     monkeypatch.chdir(folder)
     assert evaluate(load_run("."), n=4, steps=1, quiet=True)["fd_nano"] >= 0
     assert not list(folder.glob("judge-*"))
+
+
+def test_data_that_was_moved_is_known_by_its_content(
+        copied, own_images, tmp_path, monkeypatch):
+    folder, place = copied("flow"), shutil.copytree(own_images, tmp_path / "animals")
+    record = json.loads((folder / "config.json").read_text())
+    record["data"]["origin"] = str(tmp_path / "gone")
+    (folder / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="trained on .*gone, which is not there: evaluate --data"):
+        load_run(folder).dataset()
+    said = ["evaluate", folder, "--data", place, "--n", 4, "--steps", 1]
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "train", None)  # judge-fruit is of the same data
+        assert main([str(part) for part in said]) == 0
+    assert train_run("flow", place, {}, folder, resume=True).record["steps"] == 3, "as it is"
+    data = train_run("flow", place, {"steps": 4}, folder, resume=True, quiet=True).record["data"]
+    assert data["name"] == "animals" and data["origin"] == str(place)
+    (place / "plum/0.png").unlink()
+    assert main([str(part) for part in said]) == 1, "other content is other data"
+
+
+def test_another_folder_of_the_same_name_has_a_judge_of_its_own(
+        copied, own_images, tmp_path, monkeypatch):
+    for module in (recipes, runs):
+        monkeypatch.setattr(module, "find_recipe", lambda method, *_: {
+            "training": QUICK, "config": TINY[method], "sampling": {}})
+    other = shutil.copytree(own_images / "plum", tmp_path / "fruit/plum").parent
+    folder = copied("judge").parent
+    assert runs.judge(load(own_images), folder).folder == folder / "judge-fruit"
+    for _ in range(2):  # trained, then found
+        assert runs.judge(load(other), folder, quiet=True).folder == folder / "judge-fruit-2"

@@ -200,17 +200,19 @@ def test_voices_are_a_data_set_like_the_others(tmp_path, monkeypatch):
     assert len(data) == data.count == 30 and len(data.test["waveforms"]) == 3
     assert not any(tmp_path.iterdir()), "a small set is not kept"
     assert data.sample_rate == RATE and data.names["labels"] == list("0123456789")
-    assert data.names["language"] == list(LANGUAGES) and len(data.names["speakers"]) == 33
+    assert data.names["language"] == list(LANGUAGES) and len(data.names["speakers"]) == 23
     assert not set(data.train["speakers"]) & set(data.test["speakers"])
-    assert data.classes("speakers") == 30, "those of the test part are not learned"
+    assert data.classes("speakers") == 20, "those of the test part are not learned"
+    assert not data.train["language"].any(), "a small set has 20 voices and English only"
     assert data.train["language"].shape == (30,) and data.test["voice"].shape == (3, 4)
-    for stored, made in zip(data.train["waveforms"], make(30, seed=0)["waveforms"], strict=True):
+    again = make(30, 0, 20, ["english"])["waveforms"]
+    for stored, made in zip(data.train["waveforms"], again, strict=True):
         assert np.abs(stored - made).max() < 1e-4
     asked = []
 
-    def make_few(count, seed, speakers):
+    def make_few(count, seed, speakers, languages):
         asked.append(count)
-        return make(count // 400, seed, speakers)
+        return make(count // 400, seed, speakers, languages)
 
     monkeypatch.setattr(voices, "make", make_few)
     first, again = datasets.load("voices", tmp_path), datasets.load("voices", tmp_path)

@@ -9,6 +9,7 @@ All of them are small: a few arrays in memory, from which a training draws batch
     a folder   images or sounds of one's own, one sub-folder for each class
 
 "fsdd-without-jackson" has the speaker jackson in its test part alone: an unseen speaker.
+A folder may also be divided: train/ and test/ (or val/), each with one sub-folder for each class.
 Named data sets are kept as <name>.npz in `data_folders()`. data/README.md has hosts and licences.
 """
 
@@ -17,14 +18,14 @@ import os
 import sys
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import numpy as np
 
 from nanogen import UserError
 from nanogen.data import drawing, phonemes, scenes, voices
-from nanogen.data.sources import SAMPLE_RATE, SOURCES, download, read_folder
+from nanogen.data.sources import SAMPLE_RATE, SOURCES, TESTS, download, read_folder, visible_files
 from nanogen.files import explained, fingerprint, make_folder, read_npz, write_atomically
 
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
@@ -41,9 +42,10 @@ class Dataset:
     waveforms  N float32 (T,) in [-1, 1]    speakers  int64 (N,), a voice: an index into its names
     videos     uint8 (N, T, H, W, 3)        prompts   N texts (scenes: captions)
 
+    A folder's files: "files", their paths; "hashes" of their content; "sides" of images, in pixels.
     All further columns are the truth about data made by code: "background", "mask", "voice", ..."""
 
-    name: str  # "cifar10", or the last part of a folder's path
+    name: str  # "cifar10", or what `name_of` calls a folder
     origin: str  # what `load` takes to load it again: a name, or the folder's whole path
     kind: str  # "images", "sounds" or "videos"
     train: dict
@@ -63,10 +65,13 @@ class Dataset:
 
     @cached_property
     def fingerprint(self) -> str:
-        """16 digits that identify the content, labels, speakers and their names."""
-        parts = [self.names.get(column) for column in ("labels", "speakers")]
+        """16 digits that identify the content, labels, speakers and their names. Of files, the
+        bytes count, not their decoding. A single class may have the name of a moved folder."""
+        names = [self.names.get(column) for column in ("labels", "speakers")]
+        parts = [known if known is None or len(known) > 1 else len(known) for known in names]
+        content = "hashes" if "hashes" in self.train else self.main
         for part in (self.train, self.test):
-            for column in (self.main, "labels", "speakers"):
+            for column in (content, "labels", "speakers"):
                 values = part.get(column, ())
                 parts += [column, *([values] if isinstance(values, np.ndarray) else values)]
         return fingerprint(*parts)
@@ -101,6 +106,21 @@ def resolved(name: str | Path) -> str:
     return str(own.resolve()) if kind_of(str(name)) is None and own.is_dir() else str(name)
 
 
+def name_of(data: str | Path) -> str:
+    """What runs are named after: cifar10, or a folder: pets; pets/train is pets-train."""
+    path = Path(resolved(data))
+    common = path.name.lower() in ("train", "data", "images", *TESTS) and path.parent.name
+    return f"{path.parent.name}-{path.name}" if common else path.name
+
+
+def stamp(origin: str) -> str | None:
+    """Changes with the names, sizes and times of a folder's files, which are not read."""
+    if kind_of(origin) or not (own := Path(origin)).is_dir():
+        return None
+    files = [(file, (own / file).lstat()) for file in sorted(visible_files(own, []))]
+    return fingerprint(*[(str(file), info.st_size, info.st_mtime_ns) for file, info in files])
+
+
 def load(name_or_path: str | Path, folder: Path | None = None, count: int | None = None) -> Dataset:
     """A data set by its name, or a folder of one's own by its path.
     folder: where <name>.npz is kept, if not where `data_folders` says. count: load only so many
@@ -117,11 +137,21 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
         data = data if name == whole(name) else without(data, name.partition(WITHOUT)[2])
     elif name and Path(name).expanduser().is_dir():
         own = Path(resolved(name))
-        data = Dataset(own.name, str(own), *read_folder(own))
+        data = Dataset(name_of(own), str(own), *read_folder(own))
     else:
         choices = f"say {', '.join(SOURCES)}, scenes, voices or an existing folder"
         raise UserError(f"There is no data set or folder {name!r}: {choices}.")
     return data if count is None else thin(data, count)
+
+
+def remembered(origin: str, count: int | None = None) -> Dataset:
+    """`load`, remembering the last two while the files of a folder stay what they are."""
+    return _load(origin, count, tuple(data_folders()), stamp(origin))
+
+
+@lru_cache(maxsize=2)
+def _load(origin: str, count: int | None, *state) -> Dataset:
+    return load(origin, count=count)
 
 
 def without(data: Dataset, speaker: str) -> Dataset:
@@ -223,7 +253,9 @@ def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
 
 def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
     """scenes or voices. Those of a count are made on the spot, all of them are kept."""
-    arrays = MADE[name][0](count, max(1, count // 10)) if count else made_once(name, folders)
+    small = {"speakers": 20, "languages": ["english"]} if name == "voices" else {}  # for a tour
+    arrays = MADE[name][0](count, max(1, count // 10), **small) if count \
+        else made_once(name, folders)
     if name == "voices":
         data = as_sounds(name, arrays)
         return replace(data, names=data.names | {"language": list(voices.LANGUAGES)}, count=count)
@@ -263,10 +295,12 @@ def draw_scenes(train_count: int, test_count: int) -> dict[str, np.ndarray]:
     return arrays
 
 
-def record_voices(train_count: int, test_count: int) -> dict[str, np.ndarray]:
-    """Arrays as `as_sounds` takes them: 200 voices in the training part, 40 others in the test."""
-    train = voices.make(train_count, seed=0, speakers=200)
-    test = voices.make(test_count, seed=1, speakers=40)
+def record_voices(train_count: int, test_count: int, speakers: int = 200,
+                  languages=voices.LANGUAGES) -> dict[str, np.ndarray]:
+    """Arrays as `as_sounds` takes them: so many voices in the training part, a fifth as many others
+    in the test."""
+    train = voices.make(train_count, 0, speakers, languages)
+    test = voices.make(test_count, 1, speakers // 5, languages)
     test["speaker"] += train["speaker"].max() + 1
     clips = train["waveforms"] + test["waveforms"]
     columns = {"digits": "labels", "speakers": "speaker", "language": "language", "voice": "voice"}

@@ -1,8 +1,8 @@
 """Where data comes from: folders of one's own, and downloads.
 
-Images in folders, of any kind and size, become 32x32 RGB; sounds of any rate become mono at 8 kHz.
-What cannot be read is skipped, with a warning that names it. What comes from the network is not
-trusted before its checksum is right, and is never unpacked to the disk.
+Images in folders, of any kind and size, become RGB squares; sounds of any rate, mono at 8 kHz. One
+line says what was found, what was ignored, and what cannot be read. What comes from the network is
+not trusted before its checksum is right, and is never unpacked to the disk.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import io
 import os
 import tarfile
 import warnings
+from collections import Counter
 from collections.abc import Callable
 from math import gcd
 from pathlib import Path
@@ -23,85 +24,180 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from nanogen import UserError
-from nanogen.files import reason
+from nanogen.files import content_hash, reason
 
 SAMPLE_RATE = 8000  # samples a second, of every sound in nanogen
-IMAGE_FILES = {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"}
-SOUND_FILES = {".wav", ".flac", ".ogg", ".mp3"}
+SIZE = 32  # pixels a side of images; larger ones are read on demand (`read_images`)
+KINDS = {  # the files that count
+    "images": {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"},
+    "sounds": {".wav", ".flac", ".ogg", ".mp3"}}
+TESTS = ("test", "val", "valid", "validation")  # folders beside train/; the first one is the test
 
 
 # ---- a folder of one's own
 
 def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
-    """Images, or else sounds -> kind, train, test and names of a `Dataset`.
-    A tenth of each class is the test: at least one file, none if there is only one. The parts and
-    their order are the same on every machine: a hash of the file names decides. Without
-    sub-folders, all files are of one class. UserError if there is nothing that can be read."""
-    kind, read, classes = "images", read_image, find_classes(folder, IMAGE_FILES)
-    if not classes:
-        kind, read, classes = "sounds", read_sound, find_classes(folder, SOUND_FILES)
-    if not classes:
-        kinds = f"({' '.join(sorted(IMAGE_FILES | SOUND_FILES))})"
+    """Images or sounds, whichever are more -> kind, train, test and names of a `Dataset`.
+    Class folders in train/ and in test/ (or val/) are the two parts. Otherwise, a tenth of each
+    class is the test: at least one file, none if there is only one. The parts and their order are
+    the same on every machine: a hash of the file names decides. Without sub-folders, all files are
+    of one class. UserError if there is nothing that can be read."""
+    skipped: list[str] = []
+    every = visible_files(folder, skipped)
+    found = {kind: [file for file in every if file.suffix.lower() in KINDS[kind]] for kind in KINDS}
+    kind = max(found, key=lambda kind: len(found[kind]))
+    if not found[kind]:
+        kinds = f"({' '.join(sorted(set.union(*KINDS.values())))})"
         raise UserError(f"{folder} has no images or sounds {kinds}: add one folder for each class.")
+    classes, tests, part = divide(found[kind], folder.resolve().name)
+    tests = {name: tests[name] for name in classes if name in tests}  # others cannot be learned
+    wanted = {file for files in [*classes.values(), *tests.values()] for file in files}
 
-    train, test, skipped = [], [], []  # train and test: (content, label)
-    with tqdm(total=sum(map(len, classes.values())), desc=f"reading {folder.name}", delay=1) as bar:
-        for label, files in enumerate(classes.values()):
+    train, test, names = [], [], []  # train and test: {column: value} of each example
+    with tqdm(total=len(wanted), desc=f"reading {folder.name}", delay=1) as bar:
+
+        def read(files: list[Path]) -> list[dict]:
             examples = []
             for file in files:
                 bar.update()
                 try:
-                    examples.append((read(file), label))
+                    examples.append(read_example(folder / file, kind))
                 except UserError as error:
                     skipped.append(str(error))
-            tests = max(1, len(examples) // 10) if len(examples) > 1 else 0
-            test += examples[:tests]
-            train += examples[tests:]
+            return examples
+
+        for name in classes:
+            learned, tested = read(classes[name]), read(tests.get(name, []))
+            if not part:
+                count = max(1, len(learned) // 10) if len(learned) > 1 else 0
+                tested, learned = learned[:count], learned[count:]
+            if learned:
+                train += [example | {"labels": len(names)} for example in learned]
+                test += [example | {"labels": len(names)} for example in tested]
+                names.append(name)
     if not train:
         raise UserError(f"No file in {folder} can be read; the first: {skipped[0]}")
-    if skipped:
-        more = [f"And {len(skipped) - 10} more."] if len(skipped) > 10 else []
-        warnings.warn(" ".join(["Skipped:", *skipped[:10], *more]), stacklevel=3)
 
     parts = []
     for examples in (train, test):
-        order = np.random.default_rng(0).permutation(len(examples))  # mix the classes
-        contents, labels = [examples[i][0] for i in order], [examples[i][1] for i in order]
+        mixed = np.random.default_rng(0).permutation(len(examples))  # mix the classes
+        columns = {key: [examples[i][key] for i in mixed] for key in train[0]}
+        columns |= {key: np.array(columns[key], np.int64) for key, value in train[0].items()
+                    if isinstance(value, int)}
         if kind == "images":
-            columns = {"images": np.array(contents, np.uint8).reshape(-1, 32, 32, 3)}
-        else:
-            columns = {"waveforms": contents, "speakers": np.zeros(len(labels), np.int64)}
-        parts.append(columns | {"labels": np.array(labels, np.int64)})
-    names = {"labels": list(classes)} | ({"speakers": ["unknown"]} if kind == "sounds" else {})
-    return kind, *parts, names
+            columns["images"] = np.array(columns["images"], np.uint8).reshape(-1, SIZE, SIZE, 3)
+        parts.append(columns)
+    unused = [file for file in every if file not in wanted]
+    print(census(folder, kind, names, *parts, part, unused, skipped), flush=True)
+    return kind, *parts, {"labels": names} | ({"speakers": ["unknown"]} if kind == "sounds" else {})
 
 
-def find_classes(folder: Path, kinds: set[str]) -> dict[str, list[Path]]:
-    """{class: its files of these kinds, no hidden ones}, in the order of a hash of the name."""
-
-    def files_in(place: Path, pattern: str) -> list[Path]:
-        names = {path: path.relative_to(place) for path in place.glob(pattern)
-                 if path.suffix.lower() in kinds and path.is_file()}
-        hashes = {path: hashlib.sha256(os.fsencode(name.as_posix())).digest()
-                  for path, name in names.items() if not any(part[0] == "." for part in name.parts)}
-        return sorted(hashes, key=hashes.get)
-
-    folders = sorted(place for place in folder.iterdir() if place.is_dir() and place.name[0] != ".")
-    classes = {place.name: files_in(place, "**/*") for place in folders}
-    if not any(classes.values()):
-        classes = {folder.resolve().name: files_in(folder, "*")}
-    return {name: files for name, files in classes.items() if files}
+def read_example(path: Path, kind: str) -> dict:
+    """The columns of one file. sides: of an image's central square, in pixels."""
+    columns = {"files": str(path)}
+    if kind == "sounds":
+        columns |= {"waveforms": read_sound(path), "speakers": 0}
+    else:
+        columns["images"] = read_image(path)
+        with open_image(path) as image:
+            columns["sides"] = min(image.size)
+    return columns | {"hashes": content_hash(path)}
 
 
-def read_image(path: str | Path, size: int = 32) -> np.ndarray:
+def visible_files(folder: Path, unreadable: list[str]) -> list[Path]:
+    """All files, as paths within the folder, but none that is hidden or within a hidden folder."""
+    files = []
+    walk = os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(
+        f"{error.filename} is no folder that can be read ({error.strerror})."))
+    for place, folders, names in walk:
+        folders[:] = [name for name in folders if name[0] != "."]
+        files += [Path(place, name).relative_to(folder) for name in names if name[0] != "."]
+    return files
+
+
+def divide(files: list[Path], name: str) -> tuple[dict, dict, str]:
+    """{class: files} to learn from, {class: files} for the test, and the test's folder ("": none).
+    name: of the only class where there are no sub-folders."""
+    tops = by_folder(files, 0)
+    parts = {name.lower().removesuffix("ing"): name for name in tops}  # training/, Val/
+    learned = by_folder(tops[parts["train"]], 1) if "train" in parts else {}
+    if not learned or (len(tops) > 1 and not parts.keys() & set(TESTS)):
+        return tops or {name: sorted(files, key=order)}, {}, ""
+    tests = {parts[name]: by_folder(tops[parts[name]], 1) for name in TESTS if name in parts}
+    part = next(filter(tests.get, tests), "")
+    return learned, tests.get(part, {}), part
+
+
+def by_folder(files: list[Path], level: int) -> dict[str, list[Path]]:
+    """{name of the folder at this level of the path: its files, in the order of their hash}."""
+    groups: dict[str, list[Path]] = {}
+    for file in sorted(files, key=lambda file: order(file, level + 1)):
+        if len(file.parts) > level + 1:
+            groups.setdefault(file.parts[level], []).append(file)
+    return {name: groups[name] for name in sorted(groups)}
+
+
+def order(file: Path, level: int = 0) -> bytes:
+    """A hash of the path without the folders above this level."""
+    return hashlib.sha256(os.fsencode("/".join(file.parts[level:]))).digest()
+
+
+def census(folder: Path, kind: str, names: list[str], train: dict, test: dict, part: str,
+           unused: list[Path], skipped: list[str]) -> str:
+    """What a folder holds, in one line of sentences."""
+    counts = np.bincount(np.concatenate([train["labels"], test["labels"]])).tolist()
+    sizes = [f"{name} {count:,}" for name, count in zip(names, counts, strict=True)]
+    if len(sizes) > 10:
+        sizes = [f"smallest: {sizes[np.argmin(counts)]}", f"largest: {sizes[np.argmax(counts)]}"]
+    classes = f"{len(names):,} class{'es' if len(names) > 1 else ''} ({', '.join(sizes)})"
+    said = [f"{folder}: {sum(counts):,} {kind} of {classes}, {len(test['labels']):,} for the test"
+            + (f", those in {part}/." if part else ".")]
+    if kind == "images":
+        sides = sorted({*train["sides"], *test["sides"]})
+        if sides != [SIZE]:
+            said.append(f"Their central squares have {sides[0]:,} to {sides[-1]:,} pixels a side; "
+                        f"a method sees {SIZE}, or its --size.")
+    else:
+        seconds = [len(clip) / SAMPLE_RATE for clip in train["waveforms"] + test["waveforms"]]
+        said.append(f"They last {sum(seconds):,.1f} s in total, the longest {max(seconds):,.1f} s.")
+    if unused:
+        kinds = Counter(unused_kind(file, KINDS[kind], part) for file in unused).most_common()
+        few = [f"{count:,} {name}" for name, count in kinds[:8]] + ["..."] * (len(kinds) > 8)
+        said.append(f"Ignored: {', '.join(few)}.")
+    if skipped:
+        few = skipped[:5] + ["..."] * (len(skipped) > 5)
+        said += [f"Skipped {len(skipped):,} that cannot be read:", *few]
+    return " ".join(said)
+
+
+def unused_kind(file: Path, suffixes: set[str], part: str) -> str:
+    """.txt, or where a file lies that could be read: ".png in val/", ".png beside the folders"."""
+    suffix = file.suffix.lower()
+    if suffix not in suffixes:
+        return suffix or "without a suffix"
+    place = file.parts[:-1][: 2 if file.parts[0] == part else 1]  # test/hen/, but not val/hen/
+    return f"{suffix} in {'/'.join(place)}/" if place else f"{suffix} beside the folders"
+
+
+def read_images(paths: list[str], size: int) -> np.ndarray:
+    """`read_image` for many -> uint8 (N, size, size, 3)."""
+    bar = tqdm(paths, f"reading at {size}x{size}", delay=1)
+    return np.array([read_image(path, size) for path in bar], np.uint8).reshape(-1, size, size, 3)
+
+
+def open_image(path: str | Path) -> Image.Image:
+    """Read the header. Pillow warns of many pixels; `read_image` checks their number itself."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        return Image.open(path)
+
+
+def read_image(path: str | Path, size: int = SIZE) -> np.ndarray:
     """Any image -> uint8 (size, size, 3): the central square, resized with antialiasing, on white.
     Grey, palette and 16-bit become RGB; of an animation, the first frame. UserError if it cannot be
     read, or decodes to so many pixels that it may be a small file made to fill the memory."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # checked below
-            image = Image.open(path)
-        with image:
+        with open_image(path) as image:
             image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at an eighth or so
             pixels = image.width * image.height
             if pixels > (Image.MAX_IMAGE_PIXELS or pixels):

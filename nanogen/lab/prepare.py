@@ -19,6 +19,7 @@ from torch import Tensor
 
 from nanogen import UserError
 from nanogen.data.datasets import Dataset
+from nanogen.data.sources import read_images
 from nanogen.files import content_hash, fingerprint, write_atomically
 from nanogen.lab import machine
 from nanogen.method import Method
@@ -47,6 +48,25 @@ def prepare(model: Method, dataset: Dataset, flip: bool, base: Path | None = Non
                 write_atomically(path, lambda path: save_file(tensors, path))
     model.measure(tensors)
     return tensors
+
+
+def test_columns(model: Method, dataset: Dataset) -> dict[str, Tensor]:
+    """`columns` of the test data; speakers without a training example become the null class."""
+    test = columns(model, dataset, "test")
+    if "speakers" in test:
+        known = torch.isin(test["speakers"], torch.from_numpy(dataset.train["speakers"]))
+        test["speakers"] = test["speakers"].where(known, dataset.classes("speakers"))
+    return test
+
+
+def held_out(model: Method, dataset: Dataset, count: int = 500) -> dict[str, Tensor] | None:
+    """`count` test examples, evenly spaced, as the loss of a generator wants them; else None."""
+    total = len(dataset.test[dataset.main])
+    if model.kind != "generator" or model.examples or not total:
+        return None
+    rows = np.linspace(0, total - 1, min(count, total)).astype(int)
+    test = {name: tensor[rows] for name, tensor in test_columns(model, dataset).items()}
+    return encode(model, test, flip=False) if model.encodes else test
 
 
 @torch.no_grad()
@@ -82,7 +102,10 @@ def columns(model: Method, dataset: Dataset, part: str = "train") -> dict[str, T
         waveforms, lengths = pad([clip[:limit] for clip in values["waveforms"]])
         tensors = {"waveforms": waveforms, "lengths": lengths}
     elif dataset.kind == "images":
-        tensors = {"images": to_tensor(values["images"], model.config.size)}
+        images, size = values["images"], model.config.size
+        if "files" in values and size > images.shape[1]:
+            images = read_images(values["files"], size)
+        tensors = {"images": to_tensor(images, size)}
     else:
         tensors = {"videos": torch.from_numpy(values["videos"]).permute(0, 1, 4, 2, 3)}
     for name in model.columns:
@@ -90,6 +113,33 @@ def columns(model: Method, dataset: Dataset, part: str = "train") -> dict[str, T
         is_text = len(column) > 0 and isinstance(column[0], str)
         tensors[name] = encode_text(column) if is_text else torch.from_numpy(column)
     return tensors
+
+
+def check_size(config, dataset: Dataset) -> None:
+    """UserError where images would be enlarged. The files of a folder are read at any size."""
+    size, images = getattr(config, "size", 0), dataset.train.get("images")
+    if images is not None and "files" not in dataset.train and size > (side := images.shape[1]):
+        raise UserError(f"{dataset.name} has images of {side}x{side} pixels: size must be at most "
+                        f"{side}, got {size}.")
+
+
+def remarks(model: Method, dataset: Dataset, flip: bool) -> list[str]:
+    """What a training changes of the data, in sentences."""
+    said, total = [], len(dataset)
+    seconds = None if model.concatenated else getattr(model.config, "seconds", None)
+    if dataset.kind == "sounds" and seconds:
+        limit = int(seconds * dataset.sample_rate)
+        if longer := sum(len(clip) > limit for clip in dataset.train["waveforms"]):
+            said.append(f"{longer:,} of {total:,} clips are longer than {seconds:g} s and are cut "
+                        "there: --seconds S.")
+    if "sides" in dataset.train:  # images of a folder
+        size = model.config.size
+        if small := int((dataset.train["sides"] < size).sum()):
+            said.append(f"{small:,} of {total:,} images are smaller than {size}x{size} and are "
+                        "enlarged: --size S.")
+        if flip:
+            said.append("Images are mirrored at random: --no-flip if left and right matter.")
+    return said
 
 
 def encode_text(texts: list[str]) -> Tensor:

@@ -12,6 +12,7 @@
 import functools
 import inspect
 import typing
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from nanogen.data.sources import SAMPLE_RATE, read_image, read_sound
 from nanogen.lab import machine
 from nanogen.lab.plots import grid, png, save_gif, spectrograms, to_float, to_uint8
 from nanogen.lab.prepare import encode_text, pad
-from nanogen.method import Method
+from nanogen.method import Method, check_settings
 
 if typing.TYPE_CHECKING:
     from nanogen.lab.runs import Run
@@ -38,7 +39,7 @@ def sampler_settings(model: Method) -> dict[str, type]:
     """The settings of a model's sampler and their types: {"steps": int, "guidance": float, ...}."""
     hints = typing.get_type_hints(model.sample)
     names = [name for name in inspect.signature(model.sample).parameters
-             if name not in ("conditions", "seed", "frames")]
+             if name not in ("conditions", "seed", "frames", "known")]
     return {name: (typing.get_args(hints[name]) or [hints[name]])[0] for name in names}
 
 
@@ -52,8 +53,9 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     the sampler. frames: also "frames" uint8 (S, N, H, W, 3), how images come to be. out: a folder.
     """
     model, conditions = run.model, conditions or {}
-    if n < 1:
-        raise UserError(f"The number of samples must be at least 1, got {n}.")
+    if n < 1 or not 0 <= seed < 2**63:
+        raise UserError("The number of samples must be at least 1 and the seed from 0 to 2^63 - 1, "
+                        f"got {n} and {seed}.")
     if model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample.")
     settings = {name: value for name, value in settings.items() if value is not None}
@@ -62,6 +64,8 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         for name in said.keys() - known.keys():
             raise UserError(f"{run.method} has no {kind} {name!r}: choose from {', '.join(known)}.")
     settings = run.record["sampling"] | settings
+    with files.explained(f"{run.method}: {{reason}}.", ValueError, TypeError):
+        check_settings(settings, sampler_settings(model))
     chosen = {}  # condition -> n values: class numbers, texts or tensors
     for order, (name, kind) in enumerate(model.conditions.items()):
         values = read_condition(run, name, kind, conditions.get(name))
@@ -73,7 +77,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         batch = {name: to_batch(values[first : first + batch_size], model.conditions[name])
                  for name, values in chosen.items()}
         grow = {"frames": True} if shows and (frames or (out and i == 0)) else {}
-        drawn = ask(run, model.sample, batch, seed=seed + i, **grow, **settings)
+        drawn = ask(run, model.sample, batch, seed=machine.seed_of(seed, i), **grow, **settings)
         growth.append([to_uint8(moment) for moment in drawn.pop("frames", [])])
         outputs.append(drawn)
     arrays = gather(outputs, model.output)
@@ -109,12 +113,20 @@ def to_batch(values: list, kind: str) -> Tensor:
 
 
 def number_of(said: str | int, condition: str, run: "Run") -> int:
-    """A class or speaker by its name, in any case if that is unique, or by its number."""
-    names = run.names[condition]
-    alike = [name for name in names if name.lower() == str(said).lower()]
-    if said in names or len(set(alike)) == 1:
-        return names.index(said if said in names else alike[0])
-    if str(said).isdigit() and int(said) < len(names) and names[int(said)]:
+    """A class or speaker by its name; else by a name that differs in case only, if one does; else
+    by its number, unless names are numbers themselves. "" is the name of what was never heard."""
+
+    def plain(name: str) -> str:  # some systems store an accent as a character of its own
+        return unicodedata.normalize("NFC", name).casefold()
+
+    names, said = run.names[condition], str(said)
+    alike = [number for number, name in enumerate(names) if name and plain(name) == plain(said)]
+    if said and said in names:
+        return names.index(said)
+    if len(alike) == 1:
+        return alike[0]
+    by_number = said.isdecimal() and not any(map(str.isdecimal, names))
+    if by_number and int(said) < len(names) and names[int(said)]:
         return int(said)
     names = [name for name in names if name]
     some = ", ".join(names) if len(names) <= 30 else f"{names[0]} to {names[-1]}"
