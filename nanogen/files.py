@@ -5,9 +5,14 @@ library becomes a sentence for the user (`explained`).
 """
 
 import contextlib
+import ctypes
+import errno
 import hashlib
 import json
 import os
+import platform
+import re
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,6 +32,18 @@ def explained(sentence: str, *kinds: type[Exception]) -> Iterator[None]:
         raise
     except kinds as error:
         raise UserError(sentence.replace("{reason}", reason(error))) from error
+
+
+@contextlib.contextmanager
+def enough_memory(advice: str) -> Iterator[None]:
+    """A lack of memory, of the computer or its GPU, inside the block becomes a UserError."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        lacks = "out of memory|(allocate|not enough) memory|bad_alloc|ALLOC_FAILED"
+        if isinstance(error, MemoryError) or re.search(lacks, str(error)):
+            raise UserError(f"There is not enough memory: {advice}.") from error
+        raise
 
 
 def reason(error: Exception) -> str:
@@ -57,7 +74,8 @@ def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
 
 def write_text(path: Path, text: str) -> None:
     """Text as UTF-8, whatever the locale."""
-    write_atomically(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    write_atomically(path, lambda partial: partial.write_text(
+        text, encoding="utf-8", errors="surrogateescape"))  # names of files may be any bytes
 
 
 def write_json(path: Path, content) -> None:
@@ -80,6 +98,58 @@ def read_npz(path: Path, advice: str = "delete it and run again") -> dict[str, n
     with explained(f"{path} cannot be read ({{reason}}): {advice}."):
         with np.load(path, allow_pickle=False) as file:
             return dict(file)
+
+
+@contextlib.contextmanager
+def locked(folder: Path, wait: bool) -> Iterator[None]:
+    """One process at a time works in the folder: while it does, the file `lock` there names it.
+    wait: for another one to finish; else UserError. A lock whose process has ended is taken over.
+    """
+    path, me, said = make_folder(folder) / "lock", f"{os.getpid()} on {platform.node()}", False
+    while (owner := take(path, me)) != me:
+        if not wait:
+            raise UserError(f"Process {owner} works in {folder}: wait for it, or choose another "
+                            f"--out. If there is no such process, delete {path}.")
+        if not said:
+            print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
+        said = True
+        time.sleep(1)
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink()
+            path.parent.rmdir()  # if nothing else was written
+
+
+def take(path: Path, me: str) -> str:
+    """Write the lock, unless a process that still runs has it -> the name in it."""
+    owner = ""
+    with explained(f"Cannot write {path} ({{reason}}).", OSError):
+        try:
+            with open(path, "x", encoding="utf-8") as file:
+                file.write(me)
+        except FileExistsError:
+            with contextlib.suppress(OSError):  # released this moment
+                owner = path.read_text(encoding="utf-8")
+            pid, _, node = owner.partition(" on ")
+            if pid.isdigit() and node == platform.node() and not runs(int(pid)):
+                write_text(path, me)
+                time.sleep(0.5)  # of several that take it over, the last one has it
+                owner = path.read_text(encoding="utf-8")
+            return owner
+    return me
+
+
+def runs(pid: int) -> bool:
+    """Whether a process of this machine still runs."""
+    if os.name == "nt":  # there os.kill would end it
+        return bool(ctypes.windll.kernel32.OpenProcess(0x1000, False, pid))
+    try:
+        os.kill(pid, 0)
+    except OSError as error:
+        return error.errno == errno.EPERM  # it runs, for another user
+    return True
 
 
 def content_hash(path: Path) -> str:

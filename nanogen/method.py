@@ -19,6 +19,7 @@ Names of tensors, in batches and in conditions:
 
 import dataclasses
 import importlib
+import math
 from types import ModuleType
 from typing import NamedTuple
 
@@ -120,10 +121,35 @@ class Method(nn.Module):
 # ---- what a Config uses to check itself
 
 def check(config, **rules: tuple[bool, str]) -> None:
-    """ValueError for the first broken rule: check(self, width=(self.width > 0, "at least 1"))."""
+    """ValueError for the first broken rule: check(self, width=(self.width > 0, "at least 1")). A
+    number that is not finite breaks any rule."""
     for name, (good, wanted) in rules.items():
+        value = getattr(config, name, None)
+        if isinstance(value, float) and not math.isfinite(value):
+            good, wanted = False, "a finite number"
         if not good:
-            raise ValueError(f"{name} must be {wanted}, got {getattr(config, name)!r}")
+            raise ValueError(f"{name} must be {wanted}, got {value!r}")
+
+
+def check_numbers(config, **rules: tuple[bool, str]) -> None:
+    """`check` for all numbers. Without a rule of its own, an int must be at least 1, a float at
+    least 0, and a fraction of examples (label_dropout) at most 1."""
+    for field in dataclasses.fields(config):
+        least, value = {int: 1, float: 0}.get(field.type), getattr(config, field.name)
+        if field.name.endswith("dropout"):
+            rules.setdefault(field.name, (0 <= value <= 1, "from 0 to 1"))
+        elif least is not None:
+            rules.setdefault(field.name, (value >= least, f"at least {least}"))
+    check(config, **rules)
+
+
+def check_settings(settings: dict, kinds: dict[str, type]) -> None:
+    """The same for settings of a sampler, such as {"steps": 8}, and their types {"steps": int}."""
+    top_k, top_p = settings.get("top_k", 0) >= 0, 0 < settings.get("top_p", 1) <= 1
+    rules = {"top_k": (top_k, "at least 0"), "top_p": (top_p, "above 0 and at most 1")}
+    fields = [(name, kinds.get(name)) for name in settings]
+    check_numbers(dataclasses.make_dataclass("Settings", fields)(**settings),
+                  **{name: rule for name, rule in rules.items() if name in settings})
 
 
 def choose(config, **choices: tuple[str, ...]) -> None:
@@ -132,8 +158,16 @@ def choose(config, **choices: tuple[str, ...]) -> None:
                      for name, allowed in choices.items()})
 
 
+class Unused(ValueError):
+    """A field was set without effect. `make_config` drops it, if only the recipe has set it."""
+
+    def __init__(self, field: str, when: str):
+        super().__init__(f"{field} has no effect {when}: leave it out")
+        self.field = field
+
+
 def unused(config, *names: str, when: str) -> None:
-    """ValueError for a field that was set without effect: unused(self, "depth", when=...)."""
+    """`Unused`, a ValueError, for a field with another value than its default."""
     for field in dataclasses.fields(config):
         if field.name in names and getattr(config, field.name) != field.default:
-            raise ValueError(f"{field.name} has no effect {when}: leave it out")
+            raise Unused(field.name, when)

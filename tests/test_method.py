@@ -10,12 +10,16 @@ from conftest import tiny, tiny_tokenizer
 
 from nanogen import UserError, load
 from nanogen.__main__ import main
+from nanogen.blocks.standardize import Standardizer
+from nanogen.blocks.transformer import CodeEmbedding
 from nanogen.data.datasets import Dataset
 from nanogen.lab.evaluate import evaluate
+from nanogen.lab.recipes import make_config
 from nanogen.lab.report import write
 from nanogen.lab.runs import load_run, train_run
 from nanogen.lab.sample import sample
-from nanogen.method import METHODS, Method, check, choose, find, unused
+from nanogen.lab.train import Training
+from nanogen.method import METHODS, Method, check, check_settings, choose, find, unused
 
 
 def clips(count: int) -> dict:
@@ -110,6 +114,53 @@ def test_a_config_names_what_it_refuses():
     Config(head="mse")
 
 
+@pytest.mark.parametrize("config", [*(find(name).Config for name in METHODS), Training])
+def test_every_number_of_a_config_has_a_range(config):
+    bad = {int: [-8], float: [float("nan"), float("inf"), -1.0]}
+    for field in dataclasses.fields(config):
+        for value in bad.get(field.type, []) + [1.5] * field.name.endswith("dropout"):
+            if (field.name, value) != ("time_mean", -1.0):
+                with pytest.raises(ValueError, match=field.name):
+                    config(**{field.name: value})
+
+
+@pytest.mark.parametrize("settings", [
+    dict(guidance=float("inf")), dict(temperature=float("nan")), dict(temperature=-1.0),
+    dict(steps=0), dict(head_steps=-1), dict(seconds=-1.0), dict(top_k=-1), dict(top_p=0.0),
+    dict(top_p=1.5)])
+def test_every_number_of_a_sampler_has_a_range(settings):
+    kinds = dict(guidance=float, temperature=float, seconds=float, top_p=float, top_k=int,
+                 steps=int, head_steps=int, order=str)
+    with pytest.raises(ValueError, match=f"{next(iter(settings))} must be"):
+        check_settings(settings, kinds)
+    check_settings(dict(guidance=0, top_k=0, top_p=1, order="halton"), kinds)
+
+
+def test_numbers_that_are_none_are_refused_before_anything_is_drawn(run, monkeypatch):
+    monkeypatch.setattr(type(run[0].model), "sample", lambda self, conditions, brightness: 1 / 0)
+    monkeypatch.setattr("nanogen.lab.sample.sampler_settings", lambda _: {"brightness": float})
+    for settings, words in ((dict(brightness=float("nan")), "brightness must be a finite number"),
+                            (dict(seed=-1), "seed from 0"), (dict(seed=2**64), "seed from 0"),
+                            (dict(n=0), "number of samples must be at least 1")):
+        with pytest.raises(UserError, match=words):
+            run[0].sample(**dict(n=2) | settings)
+
+
+def test_a_setting_of_the_recipe_that_the_users_makes_useless_is_dropped():
+    recipe = {"config": {"widths": [16, 16], "width": 64}, "training": {}}
+    config, _ = make_config("flow", recipe, {"network": "dit"}, {})
+    assert config.width == 64 and config.widths == find("flow").Config().widths
+    with pytest.raises(UserError, match="widths has no effect with network dit"):
+        make_config("flow", recipe, {"network": "dit", "widths": (16, 32)}, {})
+
+
+def test_codes_or_channels_that_are_all_alike_give_finite_numbers():
+    assert CodeEmbedding(torch.full((8, 3), 0.1), 16)().isfinite().all()
+    standardize = Standardizer(3)
+    standardize.measure(torch.full((50, 3), 0.1))
+    assert standardize(torch.full((2, 3), 0.1)).abs().max() < 1
+
+
 def test_settings_are_refused_before_anything_is_loaded_or_trained(monkeypatch, tmp_path, capsys):
     def slow(*_, **__):
         raise AssertionError("too late")
@@ -117,7 +168,7 @@ def test_settings_are_refused_before_anything_is_loaded_or_trained(monkeypatch, 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("nanogen.lab.runs.load", slow)
     for arguments in (["--optimizer", "sgd"], ["--minutes", "-3"], ["--width", "190"],
-                      ["--order", "random"], ["--warmup", "2"], ["--bottleneck", "kl"]):
+                      ["--order", "random"], ["--warmup", "-2"], ["--bottleneck", "kl"]):
         assert main(["train", "maskgit", *arguments]) == 1
         assert arguments[0].removeprefix("--") in capsys.readouterr().err
     assert not list(tmp_path.iterdir())

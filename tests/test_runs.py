@@ -1,10 +1,14 @@
 """Runs: a folder becomes a model again; what is interrupted goes on; what is broken says so."""
 
 import errno
+import importlib
 import json
 import os
+import platform
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -157,6 +161,21 @@ def test_a_finished_run_goes_on_with_a_larger_budget(finished, copied):
     lines = (folder / "log.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
     assert run.model.config.width == 32  # what the run was trained with, not the recipe
+    before = load_run(folder / "after-3-steps")  # the finished run is kept
+    assert before.record == finished["token_ar"].record
+    assert torch.equal(before.model.head.free.weight, finished["token_ar"].model.head.free.weight)
+
+
+def test_a_finished_run_does_not_go_on_without_a_larger_budget(finished, copied, monkeypatch):
+    folder, train = copied("flow"), runs.train
+    monkeypatch.setattr(runs, "train", None)
+    for steps in (1, 3):
+        assert resumed("flow", finished["flow"], folder, steps=steps).record["steps"] == 3
+    with pytest.raises(UserError, match="is finished, with lr .*, not 0.1: more --steps go on"):
+        resumed("flow", finished["flow"], folder, lr=0.1)
+    monkeypatch.setattr(runs, "train", train)
+    run = resumed("flow", finished["flow"], folder, minutes=0.1)  # the three steps took less
+    assert run.record["minutes"] >= 0.09 and run.record["steps"] > 3
 
 
 def test_a_finished_run_that_goes_on_and_is_interrupted_is_never_taken_for_the_longer_one(
@@ -179,7 +198,8 @@ def test_a_finished_run_that_goes_on_and_is_interrupted_is_never_taken_for_the_l
     assert not (folder / "metrics.json").exists()  # of the weights before
     ema = torch.load(folder / "state.pt", weights_only=True)["ema"]
     run = load_run(folder)
-    assert "steps" not in run.record and run.record["training"]["steps"] == 8
+    assert run.record["steps"] in (4, 5) and run.record["training"]["steps"] == 8
+    assert load_run(folder / "after-3-steps").record["training"]["steps"] == 3
     assert all(torch.equal(value, ema[name]) for name, value in run.model.state_dict().items())
     assert sample(run, 2)["images"].shape == (2, 32, 32, 3)
     assert resumed("token_ar", run, folder).record["steps"] == 8
@@ -215,8 +235,10 @@ def test_what_is_said_on_resume_counts_or_is_refused(finished, copied):
         with pytest.raises(UserError, match=f"begun with {next(iter(field))} .*, not "):
             resumed("flow", run, folder, **TINY["flow"] | field)
     (folder / "model.safetensors").unlink()
-    again = resumed("flow", run, folder, **TINY["flow"], lr=1e-4, steps=4)
+    again = resumed("flow", run, folder, **TINY["flow"], lr=1e-4, weight_decay=0.5, steps=4)
     assert again.record["training"]["lr"] == 1e-4
+    saved = torch.load(folder / "state.pt", weights_only=True)["optimizers"]
+    assert [part["param_groups"][0]["weight_decay"] for part in saved] == [0.5, 0.5]  # in use
     assert runs.read_record(folder)["training"] == again.record["training"]
     (folder / "state.pt").unlink()
     before = (folder / "model.safetensors").read_bytes()
@@ -230,7 +252,7 @@ def test_a_run_goes_on_only_with_the_method_and_the_data_that_it_has(
     folder, other = copied("judge"), tmp_path / "fruit"
     with pytest.raises(UserError, match="is a judge on fruit, not a flow on fruit"):
         resumed("flow", finished["flow"], folder)
-    with pytest.raises(UserError, match="is a judge on fruit, not a judge on plum"):
+    with pytest.raises(UserError, match="trained on other data than plum is now"):
         train_run("judge", own_images / "plum", {}, folder, resume=True, quiet=True)
     shutil.copytree(own_images, other)
     again = train_run("judge", other, {"steps": 4}, folder, resume=True, quiet=True)
@@ -242,8 +264,92 @@ def test_a_run_goes_on_only_with_the_method_and_the_data_that_it_has(
         tiny_run("maskgit", other, folder.parent / "new")  # nor is a tokenizer used
     assert not (folder.parent / "new").exists()
     with pytest.raises(UserError, match="trained on other data than fruit is now"):
-        runs.remembered.cache_clear()
         again.dataset()  # nor is a run evaluated
+
+
+@pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory"),
+                                   RuntimeError("DefaultCPUAllocator: can't allocate memory")])
+@pytest.mark.parametrize("at", [1, 2])
+def test_too_little_memory_is_a_sentence(error, at, own_images, tmp_path, monkeypatch):
+    loss, calls = judge.Judge.loss, []
+
+    def fail(gradient):
+        raise error
+
+    def full(self, batch):
+        calls.append(len(batch["images"]))
+        value, metrics = loss(self, batch)
+        if len(calls) == at:
+            value.register_hook(fail)
+        return value, metrics
+
+    monkeypatch.setattr(judge.Judge, "loss", full)
+    with pytest.raises(UserError, match="not enough memory: try --batch-size 8, or"):
+        tiny_run("judge", own_images, tmp_path / "run")
+    assert calls == [16] * at  # first a whole step for trial, before the folder is made
+    assert (tmp_path / "run").exists() == (at > 1)
+
+
+def test_a_cache_of_torch_that_cannot_be_made_is_a_sentence(own_images, tmp_path, monkeypatch):
+    def unwritable(name):
+        raise FileNotFoundError("/proc/nowhere")
+
+    monkeypatch.setattr(importlib, "import_module", unwritable)
+    with pytest.raises(UserError, match="/proc/nowhere.*: set TORCHINDUCTOR_CACHE_DIR"):
+        runs.try_step(None, {}, None)
+
+
+def test_a_second_ctrl_c_while_the_state_is_saved_stops_at_once(finished, copied, monkeypatch):
+    folder, model, pressed = copied("flow"), type(finished["flow"].model), []
+
+    def press_before(function, count):
+        def call(*arguments):
+            if len(pressed) == count:
+                pressed.append(function)
+                signal.raise_signal(signal.SIGINT)
+            return function(*arguments)
+        return call
+
+    before = (folder / "state.pt").read_bytes()
+    monkeypatch.setattr(model, "loss", press_before(model.loss, 0))
+    monkeypatch.setattr(torch, "save", press_before(torch.save, 1))
+    with pytest.raises(KeyboardInterrupt):
+        resumed("flow", finished["flow"], folder, steps=8)
+    assert len(pressed) == 2 and (folder / "state.pt").read_bytes() == before
+    assert not [path for path in folder.iterdir() if "partial" in path.name or path.name == "lock"]
+
+
+# ---- several programs at once
+
+
+def test_a_run_that_another_process_trains_is_refused_until_that_has_ended(own_images, tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
+        (folder / "lock").write_text(f"{other.pid} on {platform.node()}")
+        with pytest.raises(UserError, match=f"Process {other.pid} on .* works in {folder}"):
+            tiny_run("flow", own_images, folder)
+    assert tiny_run("flow", own_images, folder).record["steps"] == 3
+    assert not (folder / "lock").exists()
+
+
+def test_a_tokenizer_that_another_process_trains_is_waited_for(
+        finished, copied, monkeypatch, capsys):
+    folder = copied("maskgit").parent
+    lock, weights = (folder / "tokenizer-fruit" / name for name in ("lock", "model.safetensors"))
+    lock.write_text("1 on another machine")
+    hidden = weights.rename(folder / "hidden")
+
+    def other_finishes(seconds):
+        hidden.rename(weights)
+        lock.unlink()
+
+    monkeypatch.setattr(time, "sleep", other_finishes)
+    run = tiny_run("maskgit", origin(finished["maskgit"]), folder / "new")
+    said = capsys.readouterr().out
+    assert f"Waiting for {lock.parent}, which process 1 on another machine trains." in said
+    assert "trained first" not in said
+    assert run.record["requires"]["hash"] == content_hash(weights)
 
 
 # ---- what a run requires
@@ -342,6 +448,7 @@ def test_a_full_disk_at_the_end_is_a_sentence_and_the_training_is_not_lost(
     monkeypatch.setattr(runs, "save_file", full)
     with pytest.raises(UserError, match="is the disk full"):
         tiny_run("judge", own_images, tmp_path / "run")
+    assert runs.read_record(tmp_path / "run")["steps"] == 3  # says what the state's weights are
     monkeypatch.undo()
     monkeypatch.setattr(judge.Judge, "loss", None)  # no step is left to do
     run = train_run("judge", own_images, {}, tmp_path / "run", resume=True, quiet=True)

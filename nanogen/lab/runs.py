@@ -4,17 +4,14 @@
     run = load_run("runs/maskgit-cifar10")                  # later, anywhere
     images = run.sample(16, label="horse", guidance=3.0)    # uint8 (16, 32, 32, 3)
 
-    runs/<method>-<data>/   config.json  model.safetensors (EMA weights)  state.pt (to resume)
-                            log.jsonl  metrics.json  samples/  base/ (its tokenizer, if any)
-
 `train_run` checks all that is cheap to check and loads the data, `plan` lists the trainings that
 are missing, required ones first, and `train_job` does one of them.
 """
 
+import contextlib
+import copy
 import dataclasses
-import functools
-import json
-import shutil
+import importlib
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,16 +21,37 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
 from nanogen import UserError
-from nanogen.data.datasets import Dataset, data_folders, kind_of, load, resolved, whole
-from nanogen.files import content_hash, explained, make_folder, write_atomically, write_json
+from nanogen.data.datasets import Dataset, kind_of, load, name_of, remembered, resolved, whole
+from nanogen.files import (
+    content_hash,
+    enough_memory,
+    explained,
+    locked,
+    make_folder,
+    write_atomically,
+    write_json,
+)
 from nanogen.lab import machine
-from nanogen.lab.prepare import prepare
+from nanogen.lab.folders import (
+    RECORD,
+    WEIGHTS,
+    base_folder,
+    begun,
+    check_base,
+    check_data,
+    copy_run,
+    longer,
+    place_of,
+    read_record,
+    run_name,
+)
+from nanogen.lab.machine import join_processes
+from nanogen.lab.prepare import check_size, held_out, prepare, remarks
 from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
 from nanogen.lab.sample import sample
-from nanogen.lab.train import Training, check_batch, draw_batch, join_processes, read_state, train
+from nanogen.lab.train import Training, check_batch, draw_batch, read_state, train
 from nanogen.method import METHODS, Method, Requirement, find
 
-WEIGHTS, RECORD = "model.safetensors", "config.json"
 BAD = ValueError, ArithmeticError, LookupError, RuntimeError  # what bad settings can raise
 
 
@@ -51,10 +69,14 @@ class Run:
         """The classes of each condition: {"labels": [...]}; "" for a voice left out of training."""
         return self.record["names"]
 
-    def dataset(self) -> Dataset:
-        """The data set of this run. UserError if it is no longer what the run was trained on."""
+    def dataset(self, place: str | None = None) -> Dataset:
+        """The data set of this run; place: where its folder is now, if it was moved. UserError if
+        it is not there, or no longer what the run was trained on."""
         data = self.record["data"]
-        dataset = remembered(data["origin"], data["count"], tuple(data_folders()))
+        if not place and kind_of(data["origin"]) is None and not Path(data["origin"]).is_dir():
+            raise UserError(f"{self.folder} was trained on {data['origin']}, which is not there: "
+                            "evaluate --data FOLDER says where it is now.")
+        dataset = remembered(resolved(place or data["origin"]), data["count"])
         check_data(self.folder, self.record, dataset)
         return dataset
 
@@ -71,12 +93,6 @@ class Run:
             pairs = zip(drawn["waveforms"], drawn["lengths"], strict=True)
             return [waveform[:length] for waveform, length in pairs]
         return drawn[self.model.output]
-
-
-@functools.lru_cache(maxsize=2)
-def remembered(origin: str, count: int | None, folders: tuple[Path, ...]) -> Dataset:
-    """`load`, remembering the last two. In other `folders`, the same name is other data."""
-    return load(origin, count=count)
 
 
 # ---- training
@@ -102,7 +118,7 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     data: a name, a folder or a Dataset; cifar10 or fsdd unless told. overrides: fields of the
     method's Config or of Training. resume: go on with an interrupted run; its network stays as it
     is, and `overrides` may change the other settings of the training. A finished one is loaded,
-    unless minutes or steps are given. budget: minutes or steps for this run and those that it
+    unless more minutes or steps are given. budget: minutes or steps for this run and those that it
     requires, except judges. UserError for what the caller can mend."""
     if method not in METHODS:
         raise UserError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
@@ -111,10 +127,12 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     if not isinstance(data, Dataset):
         data = resolved(data or ("fsdd" if kind == "sounds" else "cifar10"))
         check_kind(method, data, kind_of(data))
-    name = data.name if isinstance(data, Dataset) else Path(data).name
+    name, origin = (data.name, data.origin) if isinstance(data, Dataset) else (name_of(data), data)
     folder = Path(folder or Path("runs") / run_name(method, name, overrides))
     record = begun(folder, method, name, overrides, resume)
-    if record and (folder / WEIGHTS).exists() and not overrides.keys() & {"minutes", "steps"}:
+    finished = bool(record) and (folder / WEIGHTS).exists()
+    goes_on = finished and longer(folder, record, overrides)
+    if finished and not goes_on and record["data"]["origin"] == origin:
         return load_run(folder)
     if isinstance(data, str) and (kind := kind_of(data) or kind) != "any":
         early = record or find_recipe(method, data, kind, recipe)
@@ -123,40 +141,31 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     check_kind(method, dataset.origin, dataset.kind)
     if record:
         check_data(folder, record, dataset)
-    settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
-    jobs = plan(method, dataset, settings, overrides, folder, record, recipe, budget or {})
-    if join_processes()[1] > 1:
-        dist.barrier()  # every process has read the folders before the first one writes
-    for job in jobs:
-        if job.folder != folder and not quiet:
-            print(f"{method} requires {job.folder}, which is trained first.", flush=True)
-        run = train_job(job, dataset, quiet)
+        if finished and not goes_on:  # its data was moved
+            return load_run(folder)
+
+    def missing() -> dict[Path, Job]:
+        record = begun(folder, method, name, overrides, resume)
+        settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
+        jobs = plan(method, dataset, settings, overrides, folder, record, recipe, budget or {})
+        return {job.folder: job for job in jobs}
+
+    rank, world = join_processes()
+    for place in missing():
+        shared = place != folder or find(method).Model.kind == "judge"
+        with locked(place, wait=shared) if rank == 0 else contextlib.nullcontext():
+            if world > 1:
+                dist.barrier()  # the first process has the lock
+            job = missing().get(place)  # again: another program may have trained it meanwhile
+            if world > 1:
+                dist.barrier()  # every process has read the folders before the first one writes
+            if not job or (job.begun and (place / WEIGHTS).exists() and not goes_on):
+                run = load_run(place)
+                continue
+            if place != folder and not quiet:
+                print(f"{method} requires {place}, which is trained first.", flush=True)
+            run = train_job(job, dataset, quiet)
     return run
-
-
-def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
-    """The record of the run in this folder, if it may go on like this; None: the folder is free."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out.")
-    if not (folder / RECORD).exists():
-        return None
-    if not resume:
-        raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts "
-                        "another run, or delete it.")
-    record = read_record(folder)
-    if (there := (record["method"], record["data"]["name"])) != (method, data):
-        raise UserError(f"{folder} is a {' on '.join(there)}, not a {method} on {data}: choose "
-                        "another --out.")
-    fixed = record["config"] | {name: record["training"][name] for name in ("optimizer", "seed")}
-    for name, value in overrides.items():
-        if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples
-            raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: "
-                            "--out DIR starts another run.")
-    if (folder / WEIGHTS).exists() and not (folder / "state.pt").exists() \
-            and overrides.keys() & {"minutes", "steps"}:
-        raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: "
-                        "choose another --out.")
-    return record
 
 
 def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder: Path,
@@ -166,6 +175,7 @@ def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder:
     while True:  # from a run to the run that it requires
         config, training = make_config(method, settings, overrides, facts(dataset))
         check_batch(training, len(dataset))
+        check_size(config, dataset)
         need = find(method).Model.requires(config)
         base = base_folder(folder, dataset, need) if need else None
         jobs.insert(0, Job(method, folder, config, training, settings["sampling"],
@@ -186,17 +196,23 @@ def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder:
 def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
     """Build the model, prepare its data, train it, and write the run's folder."""
     rank, world = join_processes()
+    precision = [str(machine.precision(job.training.precision)).removeprefix("torch.")]
+    if world > 1:  # the first process decides for all
+        dist.broadcast_object_list(precision)
+    job.training.precision = precision[0]  # stored, so that a resumed run computes the same
     base = load_run(job.base) if job.base else None
     torch.manual_seed(job.training.seed)
     model = build(job.method, job.config, base)
     encoder = base.folder if base and base.model.kind == "tokenizer" else None
     tensors = prepare(model, dataset, job.training.flip, encoder, keep=rank == 0)
+    half = max(min(job.training.batch_size, len(dataset)) // 2, 1)
+    advice = f"try --batch-size {half}, or a smaller network"
     if job.begun:
         read_state(job.folder)  # refuses a damaged state before any file is replaced
-    else:  # try one real batch before the folder is made
+    else:  # try one real step before the folder is made
         sentence = f"{job.method} cannot take this data with these settings: {{reason}}."
-        with explained(sentence, *BAD), torch.no_grad():
-            model.eval().to(machine.device()).loss(draw_batch(tensors, 0, job.training))
+        with explained(sentence, *BAD), enough_memory(advice):
+            try_step(model, tensors, job.training)
     names = dict(dataset.names)
     if "speakers" in names:
         heard = set(dataset.train["speakers"].tolist())
@@ -205,7 +221,8 @@ def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
     record = {
         "name": job.folder.name, "method": job.method, "data": dataset.describe(),
         "config": dataclasses.asdict(job.config), "training": dataclasses.asdict(job.training),
-        "sampling": job.sampling, "names": names, "machine": machine.describe(),
+        "sampling": job.sampling, "names": names,
+        "machine": machine.describe(job.training.precision),
         "examples": {name: list(dataset.test[name][:20])  # for `sample` without a text
                      for name, kind in model.conditions.items() if kind == "text"},
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -218,25 +235,44 @@ def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
                               "hash": content_hash(base.folder / WEIGHTS)}
     if rank == 0:
         make_folder(job.folder)
+        if job.begun and (job.folder / WEIGHTS).exists():
+            kept = job.folder / f"after-{read_record(job.folder).get('steps')}-steps"
+            print(f"{job.folder} is finished and goes on; {kept} keeps it as it is.", flush=True)
+            copy_run(job.folder, kept)
         if "requires" in record:
             copy_run(base.folder, job.folder / "base")
-        for name in (WEIGHTS, "metrics.json"):  # of a finished run that goes on
+        for name in (WEIGHTS, "metrics.json"):
             (job.folder / name).unlink(missing_ok=True)
         write_json(job.folder / RECORD, record)
         if not quiet:
             steps, minutes = job.training.steps, job.training.minutes
-            budget = f"{steps} steps" if steps else f"{minutes:g} min"
+            budget = f"{minutes:g} min" if minutes else f"{steps} steps"
             print(f"[{time.strftime('%H:%M')}] {record['parameters'] / 1e6:.1f} M parameters, "
-                  f"{budget}, {record['machine']} -> {job.folder}", flush=True)
-    log = train(model, tensors, job.training, job.folder, job.begun, quiet)
-    record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"]}
+                  f"{budget}, {record['machine']} -> {job.folder}",
+                  *remarks(model, dataset, job.training.flip), sep="\n", flush=True)
+    with enough_memory(advice):
+        log = train(model, tensors, job.training, job.folder, job.begun, quiet,
+                    held_out(model, dataset))
+    speed = machine.speed(machine.precision(job.training.precision))  # how fast this machine is
+    record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"], "gflops": round(speed)}
     if rank == 0:
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
+        write_json(job.folder / RECORD, record)  # the state has the same weights already
         write_atomically(job.folder / WEIGHTS, lambda path: save_file(state, path))
-        write_json(job.folder / RECORD, record)
     if world > 1:
         dist.barrier()
     return Run(job.folder, job.method, model, record)
+
+
+def try_step(model: Method, data: dict[str, torch.Tensor], options: Training) -> None:
+    """Loss and gradient of the first batch, with a copy: a step can change more than weights."""
+    with explained("torch cannot make its cache ({reason}): set TORCHINDUCTOR_CACHE_DIR to a "
+                   "folder that can be written."):
+        importlib.import_module("torch._dynamo")  # torch.optim imports it in any case
+    model = copy.deepcopy(model).to(machine.device(), memory_format=torch.channels_last).train()
+    with machine.autocast(machine.precision(options.precision)):
+        loss = model.loss(draw_batch(data, 0, options, *join_processes()))[0]
+    loss.backward()
 
 
 def build(method: str, config, base: Run | None = None) -> Method:
@@ -247,40 +283,6 @@ def build(method: str, config, base: Run | None = None) -> Method:
 
 # ---- what is required
 
-def run_name(method: str, data: str, overrides: dict) -> str:
-    """tokenizer-kl-cifar10: a text option that differs from its default is part of the name."""
-    usual = dataclasses.asdict(find(method).Config()) if overrides else {}
-    variant = [value for name, value in overrides.items()
-               if isinstance(value, str) and name in usual and value != usual[name]]
-    return "-".join([method, *variant, data])
-
-
-def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
-    """The folder of the required run: RUN/base once the run has begun, else one beside RUN."""
-    if (folder / "base" / RECORD).exists():
-        return folder / "base"
-    if need.name:
-        return folder.parent / f"{need.name}-{dataset.name}"
-    return folder.parent / run_name(need.method, dataset.name, need.config)
-
-
-def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) -> None:
-    """UserError if the run in `base` is not what is needed."""
-    for name, wanted in need.config.items():
-        found, wanted = record["config"].get(name), json.loads(json.dumps(wanted))
-        if record["method"] != need.method or found != wanted:
-            raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
-                            f"train another {need.method}.")
-    check_data(base, record, dataset)
-
-
-def check_data(folder: Path, record: dict, dataset: Dataset) -> None:
-    """UserError if the data set is not the one that the run was trained on, to the last byte."""
-    if record["data"]["fingerprint"] != dataset.fingerprint:
-        raise UserError(f"{folder} was trained on other data than {dataset.name} is now: "
-                        "choose another --out, or delete it to train it again.")
-
-
 def check_kind(method: str, data: str, kind: str | None) -> None:
     """UserError if the method learns from another kind of data. kind None: not known yet."""
     wanted = find(method).Model.data
@@ -288,25 +290,13 @@ def check_kind(method: str, data: str, kind: str | None) -> None:
         raise UserError(f"{data} holds {kind}, but {method} learns from {wanted}.")
 
 
-def copy_run(source: Path, target: Path) -> None:
-    """What loading a run needs, so that the folder of a run that is built on it can be moved."""
-    if source.resolve() == target.resolve():
-        return
-    if (source / "base").exists():
-        copy_run(source / "base", target / "base")
-    with explained(f"Cannot copy {source} to {make_folder(target)} ({{reason}}).", OSError):
-        for name in (WEIGHTS, RECORD):  # the record last: where it stands, the copy is complete
-            shutil.copyfile(source / name, target / name)
-
-
 def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) -> Run:
     """The judge of a data set, in `folder`: loaded, or trained now. It knows every speaker."""
     if (origin := whole(dataset.origin)) != dataset.origin:
-        dataset = remembered(origin, dataset.count, tuple(data_folders()))
-    place = Path(folder) / run_name("judge", dataset.name, {})
-    beside = place.parent.parent / place.name  # runs/judge-x serves runs/compare-x, too
-    if not (place / RECORD).exists() and (beside / WEIGHTS).exists() \
-            and read_record(beside)["data"]["fingerprint"] == dataset.fingerprint:
+        dataset = remembered(origin, dataset.count)
+    place = place_of("judge", dataset, Path(folder))
+    beside = place_of("judge", dataset, Path(folder).parent)  # of runs, for runs/compare-x
+    if not (place / RECORD).exists() and (beside / WEIGHTS).exists():
         place = beside
     if not (place / WEIGHTS).exists() and not quiet:
         print(f"Evaluation needs the judge {place}, which is trained first.", flush=True)
@@ -329,6 +319,8 @@ def load_run(folder: str | Path) -> Run:
     saved = None if weights.exists() else read_state(folder)
     if not weights.exists() and saved is None:
         raise UserError(f"{folder} has no weights yet: train it with --resume first.")
+    if saved:  # how long these weights were trained
+        record |= {"minutes": round(saved["seconds"] / 60, 3), "steps": saved["step"]}
     sentence = f"{weights} is damaged or of another network ({{reason}}): train the run again."
     with explained(sentence):
         model.load_state_dict(saved["ema"] if saved else load_file(weights))
@@ -336,13 +328,3 @@ def load_run(folder: str | Path) -> Run:
     return Run(folder, method, model, record)
 
 
-def read_record(folder: Path) -> dict:
-    """config.json of a run. UserError if there is none, or one that cannot be read."""
-    with explained(f"{folder} is not a run: there is no {RECORD} in it.", OSError):
-        content = (folder / RECORD).read_bytes()
-    with explained(f"{folder / RECORD} is damaged or of an older version of nanogen: "
-                   "delete the folder and train again."):
-        record = json.loads(content)
-        find(record["method"])
-        record["name"], record["data"]["fingerprint"], record["config"], record["training"]
-        return record

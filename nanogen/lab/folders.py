@@ -1,0 +1,139 @@
+"""The folders of runs: their names, what stands in them, and whether it fits.
+
+    runs/<method>-<data>/   config.json  model.safetensors (EMA weights)  state.pt (to resume)
+                            log.jsonl  metrics.json  samples/  base/ (its tokenizer, if any)
+                            lock (while it is trained)  after-N-steps/ (if it then went on)
+
+A run that is built on another one keeps a copy of it in base/, so that its folder can be moved.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import shutil
+from pathlib import Path
+
+from nanogen import UserError
+from nanogen.data.datasets import Dataset, kind_of
+from nanogen.files import explained, make_folder
+from nanogen.method import Requirement, find
+
+WEIGHTS, RECORD = "model.safetensors", "config.json"
+
+
+def read_record(folder: Path) -> dict:
+    """config.json of a run. UserError if there is none, or one that cannot be read."""
+    with explained(f"{folder} is not a run: there is no {RECORD} in it.", OSError):
+        content = (folder / RECORD).read_bytes()
+    with explained(f"{folder / RECORD} is damaged or of an older version of nanogen: "
+                   "delete the folder and train again."):
+        record = json.loads(content)
+        find(record["method"])
+        record["name"], record["data"]["fingerprint"], record["config"], record["training"]
+        return record
+
+
+# ---- may a training go on
+
+def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
+    """The record of the run in this folder, if it may go on like this; None: the folder is free."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out.")
+    if not (folder / RECORD).exists():
+        return None
+    if not resume:
+        raise UserError(f"{folder} exists already: --resume goes on with it, --out DIR starts "
+                        "another run, or delete it.")
+    record = read_record(folder)
+    there = record["data"]  # a folder of files may have a new name: `check_data` follows
+    if record["method"] != method or (kind_of(there["origin"]) and there["name"] != data):
+        raise UserError(f"{folder} is a {record['method']} on {there['name']}, not a {method} on "
+                        f"{data}: choose another --out.")
+    fixed = record["config"] | {name: record["training"][name]
+                                for name in ("optimizer", "seed", "precision")}
+    for name, value in overrides.items():
+        if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples
+            raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: "
+                            "--out DIR starts another run.")
+    return record
+
+
+def longer(folder: Path, record: dict, overrides: dict) -> bool:
+    """Whether a finished run is asked to train for longer. UserError where it cannot, and where
+    another setting would have no effect."""
+    before = record["training"]
+    done = {"steps": record.get("steps", 0),
+            "minutes": before["minutes"] or record.get("minutes", 0)}
+    if any(overrides.get(name, 0) > done[name] for name in done):
+        if not (folder / "state.pt").exists():
+            raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: "
+                            "choose another --out.")
+        return True
+    for name in overrides.keys() & before.keys() - {*done, "compile", "save_every"}:
+        if overrides[name] != before[name]:
+            raise UserError(f"{folder} is finished, with {name} {before[name]}, not "
+                            f"{overrides[name]}: more --steps go on, --out DIR starts another run.")
+    return False
+
+
+# ---- the folder of a run, and of the run that it requires
+
+def run_name(method: str, data: str, overrides: dict) -> str:
+    """tokenizer-kl-cifar10: a text option that differs from its default is part of the name."""
+    usual = dataclasses.asdict(find(method).Config()) if overrides else {}
+    variant = [value for name, value in overrides.items()
+               if isinstance(value, str) and name in usual and value != usual[name]]
+    return "-".join([method, *variant, data])
+
+
+def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
+    """The folder of the required run: RUN/base once the run has begun, else one beside RUN."""
+    if (folder / "base" / RECORD).exists():
+        return folder / "base"
+    if need.name:
+        return place_of(need.name, dataset, folder.parent)
+    return folder.parent / run_name(need.method, dataset.name, need.config)
+
+
+def place_of(prefix: str, dataset: Dataset, parent: Path) -> Path:
+    """The run PREFIX-DATA of exactly this data, which may have had another name; else a free folder
+    for it: judge-pets, or judge-pets-2 where that is of other pets."""
+    for path in sorted(parent.glob(f"{prefix}-*/{RECORD}")):
+        with contextlib.suppress(UserError):  # damaged
+            record = read_record(path.parent)
+            usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")  # no variant
+            if usual and record["data"]["fingerprint"] == dataset.fingerprint:
+                return path.parent
+    place, numbers = parent / f"{prefix}-{dataset.name}", itertools.count(2)
+    while (place / RECORD).exists():
+        place = parent / f"{prefix}-{dataset.name}-{next(numbers)}"
+    return place
+
+
+def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) -> None:
+    """UserError if the run in `base` is not what is needed."""
+    for name, wanted in need.config.items():
+        found, wanted = record["config"].get(name), json.loads(json.dumps(wanted))
+        if record["method"] != need.method or found != wanted:
+            raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
+                            f"train another {need.method}.")
+    check_data(base, record, dataset)
+
+
+def check_data(folder: Path, record: dict, dataset: Dataset) -> None:
+    """UserError if the data set is not the one that the run was trained on, to the last byte."""
+    if record["data"]["fingerprint"] != dataset.fingerprint:
+        raise UserError(f"{folder} was trained on other data than {dataset.name} is now: "
+                        "put that data back, or train anew with --out new/RUN.")
+
+
+def copy_run(source: Path, target: Path) -> None:
+    """What loading a run needs, so that the folder of a run that is built on it can be moved."""
+    if source.resolve() == target.resolve():
+        return
+    if (source / "base").exists():
+        copy_run(source / "base", target / "base")
+    with explained(f"Cannot copy {source} to {make_folder(target)} ({{reason}}).", OSError):
+        for name in (WEIGHTS, RECORD):  # the record last: where it stands, the copy is complete
+            shutil.copyfile(source / name, target / name)
