@@ -6,6 +6,7 @@ import torch.nn.functional as F
 from conftest import awake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import nn
 
 from nanogen.blocks import transformer
 from nanogen.blocks.transformer import (
@@ -20,6 +21,7 @@ from nanogen.blocks.transformer import (
     norm,
     rotary_angles,
     rotate,
+    rotation_of,
 )
 from nanogen.blocks.unet import ResidualBlock, UNet, check_fit
 
@@ -29,7 +31,10 @@ CONDITION = torch.linspace(-1, 1, 3 * WIDTH).view(3, WIDTH)
 
 
 def network(**options) -> Transformer:
-    return awake(Transformer(WIDTH, 2, HEADS, **options))
+    model = awake(Transformer(WIDTH, 2, HEADS, **options))
+    for block in model.blocks:
+        nn.init.uniform_(block.scale, 0.5, 4.0)
+    return model
 
 
 def some_tokens(tokens=TOKENS):
@@ -66,6 +71,17 @@ def test_long_chains_take_the_fused_kernel(monkeypatch):
     assert torch.allclose(attention(q, k, v), plain, atol=1e-5) and len(calls) == 1
 
 
+def test_the_learned_scale_multiplies_the_logits_of_its_head(monkeypatch):
+    block, x, heads = Transformer(WIDTH, 1, HEADS).blocks[0], some_tokens(), []
+    monkeypatch.setattr(transformer, "attention", lambda *qkv: heads.append(qkv) or qkv[2])
+    for scale in ([1.0, 1.0], [1.0, 5.0]):
+        nn.init.ones_(block.scale).data *= torch.tensor(scale)
+        block.attend(x, rotation_of(ANGLES), None, False, None, 0)
+    before, after = ((q @ k.mT).abs() for q, k, *_ in heads)  # (B, heads, T, T) each
+    assert before.amax() < 16.001  # times head^-0.5: no logit above sqrt(head)
+    assert torch.allclose(after, before * torch.tensor([1.0, 5.0])[:, None, None], atol=1e-4)
+
+
 def test_the_first_token_of_a_chain_is_on_its_own():
     model, x = network(), some_tokens()
     alone = model(x[:, :1], ANGLES[:1], causal=True, condition=CONDITION)
@@ -94,7 +110,7 @@ def test_scores_depend_on_differences_of_positions_only(axes, shift, seed):
     q, k = torch.randn(2, 1, 1, 6, 24, generator=generator)
 
     def scores(positions):
-        rotation = (angles := rotary_angles(positions, 24)).cos(), angles.sin()
+        rotation = rotation_of(rotary_angles(positions, 24))
         return rotate(q, rotation) @ rotate(k, rotation).transpose(-1, -2)
 
     assert torch.allclose(scores(positions), scores(positions + shift), atol=1e-3)
@@ -104,7 +120,7 @@ def test_scores_depend_on_differences_of_positions_only(axes, shift, seed):
 
 def test_rotation_keeps_lengths_and_position_zero_stays():
     x = torch.randn(1, 1, TOKENS, 16)
-    turned = rotate(x, (ANGLES.cos(), ANGLES.sin()))
+    turned = rotate(x, rotation_of(ANGLES))
     assert torch.allclose(turned.norm(dim=-1), x.norm(dim=-1), atol=1e-5)
     assert torch.equal(turned[:, :, 0], x[:, :, 0])
     assert not torch.allclose(turned[:, :, 1:], x[:, :, 1:], atol=1e-2)

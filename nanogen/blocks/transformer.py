@@ -10,11 +10,12 @@ What differs between methods is passed in, never built in:
     cache       keys and values of earlier tokens, so that they need not be computed again
 
 Sources: Vaswani et al. 2017 (the block); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary
-positions); Dehghani et al. 2023 (norms of queries and keys keep attention stable at high learning
-rates); Peebles & Xie 2023 (AdaLN-zero).
+positions); Henry et al. 2020, "Query-Key Normalization" (a learned scale of the logits);
+Dehghani et al. 2023 (with it, attention stays stable at high learning rates); Peebles & Xie 2023
+(AdaLN-zero).
 Different from the papers: no biases; one matrix makes the modulations of all layers, so that a
-sampler computes them only once; norms without gains. After most norms this changes nothing, since a
-matrix follows; after those of q and k, no attention logit exceeds sqrt(head size).
+sampler computes them only once; norms without gains, since a matrix follows. After the norms of q
+and k, a scale for each head follows: no attention logit exceeds scale * sqrt(head size).
 """
 
 import torch
@@ -34,13 +35,16 @@ class Transformer(nn.Module):
         # Zeroed, so that every block starts as the identity.
         self.modulation = zeroed(nn.Linear(width, (6 * depth + 2) * width), adamw=True)
 
-    def modulate(self, condition: Tensor) -> Tensor:
-        """(B, width) or (B, T, width) -> modulations (B, 1 or T, (6 depth + 2) width)."""
+    def modulate(self, condition: Tensor) -> list[Tensor]:
+        """(B, width) or (B, T, width) -> shift, scale and gate of each attention and each MLP, then
+        shift and scale of the end: (B, 1 or T, width) each. A scale is 1 plus what is learned."""
         modulation = self.modulation(F.silu(condition))
-        return modulation[:, None] if modulation.ndim == 2 else modulation
+        modulation = modulation[:, None] if modulation.ndim == 2 else modulation
+        parts = enumerate(modulation.split(self.width, dim=-1))
+        return [1 + part if i % 3 == 1 else part for i, part in parts]
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, causal: bool = False,
-                condition: Tensor | None = None, modulation: Tensor | None = None,
+                condition: Tensor | None = None, modulation: list[Tensor] | None = None,
                 cache: "Cache | None" = None) -> Tensor:
         """x: (B, T, width) -> (B, T, width), normalised at the end. angles: (T, width / heads / 2)
         from `rotary_angles`, of these T tokens. mask: boolean, fits (B, heads, T, S), True where a
@@ -48,13 +52,12 @@ class Transformer(nn.Module):
         and those before it. condition: see `modulate`; or pass its result as `modulation`."""
         if condition is not None:
             modulation = self.modulate(condition)
-        chunks = modulation.split(self.width, dim=-1)  # 6 for each block, 2 for the end
-        rotation = torch.cat([angles.cos(), angles.sin()]).chunk(2)  # (T, head / 2) each
+        rotation = rotation_of(angles)
         for i, block in enumerate(self.blocks):
-            x = block(x, chunks[6 * i : 6 * i + 6], rotation, mask, causal, cache, i)
+            x = block(x, modulation[6 * i : 6 * i + 6], rotation, mask, causal, cache, i)
         if cache:
             cache.length += x.shape[1]
-        return norm(x) * (1 + chunks[-1]) + chunks[-2]
+        return torch.addcmul(modulation[-2], norm(x), modulation[-1])
 
 
 class Block(nn.Module):
@@ -64,22 +67,26 @@ class Block(nn.Module):
         super().__init__()
         self.heads, self.drop = heads, nn.Dropout(dropout)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.scale = nn.Parameter(torch.ones(heads))  # of the logits: larger, more peaked
         self.out = nn.Linear(width, width, bias=False)
         self.up = nn.Linear(width, expansion * width, bias=False)
         self.down = nn.Linear(expansion * width, width, bias=False)
 
-    def forward(self, x: Tensor, modulation: tuple[Tensor, ...], *context) -> Tensor:
+    def forward(self, x: Tensor, modulation: list[Tensor], *context) -> Tensor:
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation  # (B, 1 or T, width) each
-        x = x + gate1 * self.drop(self.attend(norm(x) * (1 + scale1) + shift1, *context))
-        return x + gate2 * self.drop(self.mlp(norm(x) * (1 + scale2) + shift2))
+        y = torch.addcmul(shift1, norm(x), scale1)  # shift + norm * scale, in one pass over memory
+        x = torch.addcmul(x, gate1, self.drop(self.attend(y, *context)))
+        y = torch.addcmul(shift2, norm(x), scale2)
+        return torch.addcmul(x, gate2, self.drop(self.mlp(y)))
 
     def mlp(self, x: Tensor) -> Tensor:
         return self.down(F.gelu(self.up(x)))
 
     def attend(self, x: Tensor, rotation, mask, causal: bool, cache, layer: int) -> Tensor:
-        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1))
-        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # (B, heads, T, head) each
-        q, k = rotate(norm(q), rotation).to(v.dtype), rotate(norm(k), rotation).to(v.dtype)
+        qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
+        qk, v = qkv.split((2, 1))  # q and k together: half as many calls
+        q, k = rotate(norm(qk), rotation)  # (B, heads, T, head) each
+        q, k, v = (q * self.scale.view(-1, 1, 1)).to(v.dtype), k.to(v.dtype), v.squeeze(0)
         if cache is not None:
             k, v = cache.append(layer, k, v)
         return self.out(attention(q, k, v, mask, causal).transpose(1, 2).flatten(2))
@@ -91,7 +98,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     The fused kernel is slow for short chains on a CPU in bfloat16 (torch 2.13): plain products are
     5 times as fast in the backward pass of T = S = 64, and 20 times for one query of 1,024 keys."""
     tokens, seen = q.shape[2], k.shape[2]
-    if q.device.type != "cpu" or tokens * seen > 256 * 256:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens * seen > 256 * 256:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, T, S)
     if causal:
@@ -111,7 +118,8 @@ def zeroed(layer: nn.Module, adamw: bool = False) -> nn.Module:
 
 def norm(x: Tensor) -> Tensor:
     """RMSNorm without a gain: every vector to a mean square of 1."""
-    return x * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + 1e-6).to(x.dtype)
+    length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    return x * torch.rsqrt(length.square() / x.shape[-1] + 1e-6).to(x.dtype)
 
 
 def rotary_angles(positions: Tensor, head: int, base: float = 100.0) -> Tensor:
@@ -125,11 +133,17 @@ def rotary_angles(positions: Tensor, head: int, base: float = 100.0) -> Tensor:
     return F.pad(angles, (0, head // 2 - axes * pairs))
 
 
+def rotation_of(angles: Tensor) -> tuple[Tensor, Tensor]:
+    """Angles (T, head / 2) -> the factors of `rotate`, (T, head) each."""
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs of features (i, i + head/2) of x (B, heads, T, head); rotation: (cos, sin)."""
+    """Turn pairs (a, b) of features (i, i + head/2) of x (..., T, head):
+    (a cos - b sin, b cos + a sin). rotation: see above."""
     cos, sin = rotation
-    a, b = x.chunk(2, dim=-1)
-    return torch.cat([a * cos - b * sin, a * sin + b * cos], dim=-1)
+    return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
 
 def grid_positions(*sizes: int) -> Tensor:
@@ -149,16 +163,17 @@ class Cache:
     def __init__(self, transformer: Transformer, batch: int, capacity: int,
                  dtype: torch.dtype = torch.float32):
         weight, heads = transformer.blocks[0].out.weight, transformer.heads
-        shape = (2, transformer.depth, batch, heads, capacity, transformer.width // heads)
-        self.k, self.v = torch.zeros(shape, device=weight.device, dtype=dtype)
+        shape = (transformer.depth, 2, batch, heads, capacity, transformer.width // heads)
+        empty = torch.zeros(shape, device=weight.device, dtype=dtype)
+        self.layers = [layer.unbind() for layer in empty]  # keys and values of each
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v of new tokens (B, heads, T, head) -> those of all tokens, (B, heads, S, head)."""
         end = self.length + k.shape[2]
-        self.k[layer, :, :, self.length : end] = k
-        self.v[layer, :, :, self.length : end] = v
-        return self.k[layer, :, :, :end], self.v[layer, :, :, :end]
+        for known, new in zip(self.layers[layer], (k, v), strict=True):
+            known[:, :, self.length : end] = new
+        return tuple(known[:, :, :end] for known in self.layers[layer])
 
 
 class CodeEmbedding(nn.Module):
@@ -169,7 +184,7 @@ class CodeEmbedding(nn.Module):
 
     def __init__(self, codes: Tensor, width: int, extra: int = 0, zero: bool = False):
         super().__init__()
-        codes = (codes - codes.mean(0)) / codes.std(0)
+        codes = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-5)  # 0 if all are alike
         self.register_buffer("codes", codes, persistent=False)
         self.mlp = nn.Sequential(
             nn.Linear(codes.shape[1], width), nn.GELU(), nn.Linear(width, width, bias=False))
