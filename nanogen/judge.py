@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.audio.spectral import RATE, log_mel
-from nanogen.method import Method, check
+from nanogen.method import Method, check_numbers
 
 
 @dataclass
@@ -33,11 +33,14 @@ class Config:
     seconds: float = 1.0  # of each sound: shorter ones are padded with silence, longer ones cut
 
     def __post_init__(self):
-        both = (self.second_classes > 0) == bool(self.second)
-        check(self, widths=(min(self.widths, default=0) > 1, "numbers above 1"),
-              shift=(0 <= self.shift < self.size, "at least 0 and less than the size"),
-              second_classes=(both, "more than 0 if there is a second label, else 0"),
-              size=(self.size >= 2 ** len(self.widths), "at least 2 to the number of widths"))
+        both = self.second_classes > 0 if self.second else self.second_classes == 0
+        wide, small = self.size >= 2 ** len(self.widths), 0 <= self.shift < self.size
+        check_numbers(self, widths=(min(self.widths, default=0) > 1, "numbers above 1"),
+                      shift=(small, "at least 0 and less than the size"),
+                      second_classes=(both, "more than 0 if there is a second label, else 0"),
+                      size=(wide, "at least 2 to the number of widths"),
+                      smoothing=(0 <= self.smoothing < 1, "from 0 to below 1"),
+                      seconds=(self.seconds > 0, "more than 0"))
 
 
 class Judge(Method):

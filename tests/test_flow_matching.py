@@ -61,6 +61,14 @@ def test_logit_normal_times_have_the_mean_and_std_that_was_asked_for():
     assert abs(logits.std() - 0.5) < 0.02 and abs(logits.mean() - 1) < 0.02
 
 
+def test_u_shaped_times_have_the_density_of_a_cosh_and_its_share_at_the_ends():
+    t, a = fm.u_shaped_times(100_000), 4.0  # Lee et al.: e^(a t) + e^(a (1 - t))
+    edges = torch.linspace(0, 1, 11)
+    cumulative = 0.5 + torch.sinh(a * (edges - 0.5)) / (2 * math.sinh(a / 2))
+    assert torch.allclose(torch.histc(t, 10, 0, 1) / len(t), cumulative.diff(), atol=0.005)
+    assert abs((t < 0.05).float().mean() - 0.094) < 0.004 and 0 <= t.min() and t.max() <= 1
+
+
 def test_loss_by_time_puts_each_loss_into_its_bin():
     t = torch.tensor([0.0, 0.05, 0.95, 1.0])
     by_time = fm.loss_by_time(torch.tensor([1.0, 3.0, 5.0, 7.0]), t, bins=10)

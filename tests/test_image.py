@@ -1,6 +1,7 @@
 """The image methods, each by itself: what it draws, in which order, and what it refuses."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -8,8 +9,9 @@ import torch.nn.functional as F
 from conftest import awake, tiny, tiny_data, tiny_tokenizer
 
 from nanogen import judge
-from nanogen.blocks import sampling
+from nanogen.blocks import heads, sampling
 from nanogen.blocks.neighbours import raster_neighbours
+from nanogen.blocks.sampling import reveal_schedule
 from nanogen.image import flow, mar, maskgit, pixel_ar, token_ar, var
 
 LABELS = torch.tensor([0, 1, 2, 3])  # the last one: the null class
@@ -90,11 +92,70 @@ def test_a_token_sees_its_four_neighbours_and_nothing_beyond_the_border():
         assert set(changed[:, position].nonzero()[:, 0].tolist()) == neighbours
 
 
-@pytest.mark.parametrize(("method", "steps"), [("maskgit", 17), ("maskgit", -1), ("maskgit", 0),
-                                               ("flow", -1), ("flow", 0)])
+@pytest.mark.parametrize(("method", "steps"), [("maskgit", -1), ("maskgit", 0), ("flow", -1),
+                                               ("flow", 0)])
 def test_numbers_of_steps_that_cannot_be_are_refused(method, steps):
     with pytest.raises(ValueError, match="steps must be"):
         images(method, steps=steps)
+
+
+# --- Train where you sample: of each time, or fraction of masked tokens, that a sampler asks for,
+# training draws the neighbourhood often enough. 0.03: more than half of what a uniform draw gives
+# at its ends. 0.08: a one-step sampler asks for nothing else. 0.001, for a flow, whose ends are
+# easy: about 40 draws in 600 steps of 64 images. (VAR trains all of its passes on every image.)
+
+
+def nearby(trained, wanted):
+    """The fraction of `trained` (N,) within 0.05 of a wanted value, for the one that has least."""
+    return ((trained - wanted.unique()[:, None]).abs() <= 0.05).float().mean(1).min()
+
+
+def times_asked(monkeypatch, network, learn, draw):
+    seen = []
+    monkeypatch.setattr(network, "forward", lambda x, t, _: seen.append(t) or torch.zeros_like(x))
+    learn(), draw()
+    return seen[0], torch.cat(seen[1:])
+
+
+@pytest.mark.parametrize(("fields", "settings", "least"), [
+    ({}, {}, 0.001), ({}, dict(method="heun"), 0.001), (dict(objective="ddpm"), {}, 0.03),
+    (dict(times="uniform"), dict(method="heun"), 0.03), (dict(objective="reflow"), {}, 0.03),
+    (dict(objective="reflow"), dict(method="euler", steps=1), 0.08)])
+def test_a_flow_trains_at_the_times_that_its_sampler_asks_for(fields, settings, least, monkeypatch):
+    teacher = tiny("flow")
+    model = flow.Flow(replace(teacher.config, **fields), teacher)
+    zero, labels = torch.zeros(40_000, 3, 1, 1), torch.zeros(40_000, dtype=torch.long)
+    batch = {"images": zero, "x1": zero, "noise": zero, "labels": labels}
+    trained, wanted = times_asked(
+        monkeypatch, model, lambda: model.loss(batch), lambda: images(model, **settings))
+    assert nearby(trained, wanted) >= least and wanted.min() == 0
+    assert (wanted.max() == 1) == (settings.get("method") == "heun")
+
+
+@pytest.mark.parametrize("kind", ["flow", "diffusion"])
+def test_a_head_trains_at_the_times_that_its_sampler_asks_for(kind, monkeypatch):
+    head, x, z = heads.make_head(kind, 4, 8), torch.zeros(10_000, 4), torch.zeros(10_000, 8)
+    trained, wanted = times_asked(
+        monkeypatch, head.mlp, lambda: head.loss(x, z), lambda: head.sample(z))
+    assert nearby(trained, wanted) >= 0.03 and wanted.min() == 0
+
+
+@pytest.mark.parametrize("steps", [1, 12, 16])
+@pytest.mark.parametrize(("method", "name"), [("maskgit", "logits"), ("mar", "hidden_states")])
+def test_masks_are_as_large_as_those_of_the_sampler(method, name, steps, monkeypatch):
+    model, seen = tiny(method), []
+
+    def note(tokens, other, *_):
+        masked = tokens == model.mask if method == "maskgit" else other
+        seen.append(masked.float().mean(1))
+        return torch.zeros(*masked.shape, 32)
+
+    monkeypatch.setattr(model, name, note)
+    labels = torch.zeros(4000, dtype=torch.long)
+    model.loss({"tokens": labels[:, None].expand(-1, 16), "latents": torch.zeros(4000, 4, 4, 4),
+                "labels": labels})
+    images(model, steps=steps)
+    assert nearby(seen[0], torch.cat(seen[1:])) >= 0.03 and (seen[1] == 1).all()
 
 
 # --- MaskGIT
@@ -173,7 +234,32 @@ def test_halton_reveals_in_its_order_and_an_unknown_order_is_refused():
 def test_a_small_grid_takes_as_many_passes_as_it_has_tokens():
     config = maskgit.Config(width=32, depth=1, heads=2, size=4)
     model = maskgit.MaskGIT(config, tiny_tokenizer(grid=2))
-    assert len(model.reveal(LABELS)) == 4 and len(tiny("maskgit").reveal(LABELS)) == 12
+    assert len(model.reveal(LABELS, 12)) == 4 and len(tiny("maskgit").reveal(LABELS)) == 12
+
+
+@pytest.mark.parametrize("order", ["confidence", "halton"])
+def test_tokens_that_are_given_stay_and_the_schedule_counts_the_others(order):
+    model, truth = tiny("maskgit"), torch.randint(32, (4, 16))
+    given = torch.arange(16) < torch.tensor([[6], [6], [9], [16]])  # each image has its own
+    known = torch.where(given, truth, -1)
+    history = model.reveal(LABELS, 5, 2.0, order=order, known=known)
+    counts = [(tokens >= 0).sum(1).tolist() for tokens in history]
+    assert counts == [[n, n, max(n, 9), 16] for n in (6 + m for m in reveal_schedule(10, 5))]
+    for tokens in history:
+        assert torch.equal(tokens[given], truth[given])
+    assert (history[-1] >= 0).all() and not torch.equal(history[-1], truth)
+    drawn = images(model, known=truth, steps=3, order=order)  # nothing is left to draw
+    assert torch.equal(drawn, model.tokenizer.decode(truth))
+
+
+def test_token_ar_completes_what_is_given(monkeypatch):
+    model, truth = tiny("token_ar"), torch.randint(32, (4, 16))
+    monkeypatch.setattr(model.tokenizer, "decode", lambda tokens: tokens)
+    for given in ((torch.arange(16) < 8).expand(4, 16), torch.rand(4, 16) < 0.5):
+        known = torch.where(given, truth, -1)
+        drawn, again = (images(model, known=known, guidance=2.0, cached=c) for c in (True, False))
+        assert torch.equal(drawn, again) and torch.equal(drawn[given], truth[given])
+        assert (drawn >= 0).all() and not torch.equal(drawn, truth)
 
 
 # --- Flow
@@ -194,6 +280,11 @@ def test_both_objectives_draw_with_both_networks(objective, network):
     assert loss.isfinite() and set(metrics) == {"loss_noise", "loss_middle", "loss_data"}
 
 
+def test_a_dit_starts_with_the_velocity_0():
+    model = tiny("dit", asleep=True)
+    assert not model(torch.randn(4, *model.shape), torch.rand(4), LABELS).any()
+
+
 def test_a_network_that_knows_the_image_draws_it(monkeypatch):
     model, image = tiny("flow"), torch.rand(1, 3, 8, 8) * 2 - 1
     monkeypatch.setattr(
@@ -210,7 +301,7 @@ def test_latents_reach_the_network_with_mean_0_and_std_1(monkeypatch):
     monkeypatch.setattr(
         model, "forward", lambda x, t, labels: seen.append(x) or torch.zeros_like(x))
     # t = 1: the data themselves
-    monkeypatch.setattr(flow.fm, "logit_normal_times", lambda count, device: torch.ones(count))
+    monkeypatch.setitem(flow.TIMES, "logit-normal", lambda count, device: torch.ones(count))
     model.loss({"latents": latents, "labels": torch.zeros(400, dtype=torch.long)})
     assert seen[0].mean((0, 2, 3)).abs().max() < 1e-4
     assert torch.allclose(seen[0].std((0, 2, 3)), torch.ones(4), atol=1e-4)

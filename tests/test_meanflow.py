@@ -1,5 +1,7 @@
 """MeanFlow against averages known in closed form, and how its sampler treats guidance."""
 
+import dataclasses
+
 import pytest
 import torch
 from conftest import awake, briefly, tiny_data
@@ -13,9 +15,13 @@ from nanogen.lab.train import train
 LABELS = torch.tensor([0, 1, 2, 3])  # the last one: the null class
 
 
+PAPER = meanflow.Config(derivative="jvp", tangent="line", interval_start=0)
+OURS = meanflow.Config(interval_start=0)
+
+
 def tiny(asleep=False, **fields):
     torch.manual_seed(1)
-    fields = dict(widths=(16, 32), width=32, size=8, classes=3) | fields
+    fields = dict(widths=(16, 32), width=32, size=8, classes=3, interval_start=0) | fields
     model = meanflow.MeanFlow(meanflow.Config(**fields))
     return model if asleep else awake(model)
 
@@ -51,7 +57,7 @@ def test_the_true_average_is_its_own_target(mean, std):
     average, velocity = gaussian_average(mean, std), gaussian_velocity(mean, std)
     x, (t, r) = torch.randn(500, 3), some_times(500)
     v = velocity(x, t)
-    change = meanflow.change_along_path(average, x, v, t, r, LABELS)
+    change = meanflow.jvp(average, x, v, t, r, LABELS)
     assert torch.allclose(v + (r - t)[:, None] * change, average(x, t, r), atol=1e-4)
     wrong = 1.05 * average(x, t, r)  # another field is not
     assert (v + (r - t)[:, None] * 1.05 * change - wrong).square().mean() > 1e-5
@@ -74,10 +80,11 @@ def test_with_r_equal_to_t_it_is_flow_matching():
         return x * t[:, None]
 
     def times(count, device):
-        return meanflow.draw_times(count, 0, 0.4)[0]
+        return meanflow.draw_times(count, 0)[0]
 
     torch.manual_seed(3)
-    loss, error, length = meanflow.meanflow_loss(network, x1, labels, 0.0, power=0.0)
+    even = dataclasses.replace(PAPER, power=0.0)
+    loss, error, length = meanflow.meanflow_loss(network, x1, labels, even, 0)
     assert len(seen) == 1 and torch.equal(*seen[0]) and not length.any()  # no derivative
     torch.manual_seed(3)
     expected, each, _ = fm.flow_loss(lambda x, t: x * t[:, None], x1, times=times)
@@ -91,10 +98,16 @@ def test_only_a_fraction_of_the_batch_pays_for_the_derivative():
         rows.append((len(x), (r > t).all().item()))
         return x
 
-    length = meanflow.meanflow_loss(network, torch.randn(40, 2), torch.zeros(40), 0.25)[2]
+    length = meanflow.meanflow_loss(network, torch.randn(40, 2), torch.zeros(40), PAPER, 10)[2]
     assert rows == [(40, False), (10, True)] and (length > 0).tolist() == [True] * 10 + [False] * 30
-    meanflow.meanflow_loss(network, torch.randn(2, 2), torch.zeros(2), 0.25)
-    assert rows[-1] == (1, True)  # the smallest batch has one, too
+
+
+def test_intervals_begin_at_their_step_and_the_smallest_batch_has_one():
+    model, batch = tiny(interval_start=2), {"images": torch.randn(2, 3, 8, 8), "labels": LABELS[:2]}
+    model.train()
+    errors = [model.loss(batch)[1]["error_interval"].item() for _ in range(4)]
+    assert [error > 0 for error in errors] == [False, False, True, True]
+    assert model.eval().loss(batch)[1]["error_interval"] > 0  # held-out data: always
 
 
 def test_the_target_has_no_gradient_and_the_weight_evens_out_the_errors():
@@ -105,7 +118,7 @@ def test_the_target_has_no_gradient_and_the_weight_evens_out_the_errors():
         outputs.append(scale * x * r[:, None])
         return outputs[-1]
 
-    loss, error, _ = meanflow.meanflow_loss(network, x1, torch.zeros(64), interval_fraction=1.0)
+    loss, error, _ = meanflow.meanflow_loss(network, x1, torch.zeros(64), PAPER, 64)
     assert not error.requires_grad
     assert loss.item() == pytest.approx((error / (error + 1e-3)).mean().item())
     into_output, into_scale = torch.autograd.grad(loss, [outputs[0], scale])
@@ -131,7 +144,8 @@ class Plane(nn.Module):
         return self.net(torch.cat([x, t[:, None], (r - t)[:, None]], dim=1))
 
 
-def test_one_step_reaches_eight_modes_where_one_euler_step_ends_between_them():
+@pytest.mark.parametrize("config", [PAPER, OURS], ids=["paper", "ours"])
+def test_one_step_reaches_eight_modes_where_one_euler_step_ends_between_them(config):
     data, labels, x0 = toy("eight gaussians", 10_000), torch.zeros(256), torch.randn(2000, 2)
     angle = torch.arange(8) * torch.pi / 4
     modes = torch.stack([angle.cos(), angle.sin()], dim=1)
@@ -148,14 +162,33 @@ def test_one_step_reaches_eight_modes_where_one_euler_step_ends_between_them():
         distance, mode = torch.cdist(draw(model), modes).min(dim=1)
         return distance.mean(), torch.bincount(mode, minlength=8) / len(mode)
 
-    near, fractions = distances(lambda u, x1: meanflow.meanflow_loss(u, x1, labels)[0],
-                                lambda u: meanflow.follow_average(u, x0, labels)[-1])
+    near, fractions = distances(
+        lambda u, x1: meanflow.meanflow_loss(u, x1, labels, config, 192)[0],
+        lambda u: meanflow.follow_average(u, x0, labels)[-1])
     far, _ = distances(lambda u, x1: fm.flow_loss(lambda x, t: u(x, t, t), x1)[0],
                        lambda u: fm.solve(lambda x, t: u(x, t, t), x0, 1))
     assert near < 0.3 < 0.7 < far and fractions.min() > 0.05
 
 
+def test_training_draws_the_intervals_that_a_sampler_of_one_step_asks_for():
+    """With mean 0.4 and std 1, one pair in 70,000 has r - t > 0.9."""
+    t, r = meanflow.draw_times(100_000, 100_000)
+    assert 0.005 < (r - t > 0.9).float().mean() and 0.01 < (t < 0.05).float().mean()
+    t, r = meanflow.draw_times(100_000, 100_000, 0.4, 1.0)
+    assert (r - t > 0.9).float().mean() < 1e-4
+
+
 # ---- the network
+
+
+def test_the_difference_along_the_path_approaches_the_derivative():
+    average = gaussian_average(2.0, 0.3)
+    x, (t, r) = torch.randn(500, 3), some_times(500)
+    v = gaussian_velocity(2.0, 0.3)(x, t)
+    exact = meanflow.jvp(average, x, v, t, r, LABELS)
+    errors = [(meanflow.difference(average, x, v, t, r, LABELS, average(x, t, r), fraction)
+               - exact).norm() / exact.norm() for fraction in (0.1, 0.01)]
+    assert errors[1] < 0.02 and errors[1] < errors[0] < 0.3
 
 
 def test_the_derivative_through_the_network_agrees_with_finite_differences():
@@ -163,20 +196,20 @@ def test_the_derivative_through_the_network_agrees_with_finite_differences():
     model.to(memory_format=torch.channels_last)  # as in training
     x, v = torch.randn(2, 4, 3, 8, 8)
     t, r = some_times(4)
-    change = meanflow.change_along_path(model, x, v, t, r, LABELS)
+    change = meanflow.jvp(model, x, v, t, r, LABELS)
     with torch.no_grad():
         ahead, behind = (model(x + h * v, t + h, r, LABELS) for h in (1e-2, -1e-2))
     numeric = (ahead - behind) / 2e-2
     assert (change - numeric).norm() < 0.03 * change.norm() and not change.requires_grad
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        again = meanflow.change_along_path(model, x, v, t, r, LABELS)
+        again = meanflow.jvp(model, x, v, t, r, LABELS)
     assert torch.allclose(again, change, atol=1e-4)
 
 
 def test_the_derivative_goes_through_attention_over_many_positions():
     model = tiny(widths=(32, 32), size=64, attention_at=2)
     x, (t, r) = torch.randn(1, 3, 64, 64), some_times(1)  # 32 x 32: too many for plain attention
-    assert meanflow.change_along_path(model, x, x, t, r, LABELS[:1]).isfinite().all()
+    assert meanflow.jvp(model, x, x, t, r, LABELS[:1]).isfinite().all()
 
 
 @pytest.mark.parametrize("autocast", [False, True])
@@ -199,7 +232,7 @@ def test_it_can_overfit_one_batch():
     images = tiny_data("flow", count=4)["images"]
     images = images[:, :, :1, :1].expand_as(images)  # flat: a small network learns that soon
     data = {"images": images.repeat(4, 1, 1, 1), "labels": LABELS.repeat(4)}  # one label each
-    log = train(model, data, briefly(100, flip=False, lr=1e-2), quiet=True)
+    log = train(model, data, briefly(160, flip=False, lr=1e-2), quiet=True)
     for error in ("error_flow", "error_interval"):
         assert sum(record[error] for record in log[-10:]) / 10 < 0.5 < 0.8 < log[0][error]
 
@@ -241,8 +274,8 @@ def test_the_guided_velocity_exaggerates_the_label_and_leaves_the_null_class_alo
 
 
 @pytest.mark.parametrize("fields", [
-    dict(interval_fraction=1.5), dict(power=-1.0), dict(guidance=-2.0), dict(width=0),
-    dict(widths=(20,)), dict(size=12)])
+    dict(interval_fraction=1.5), dict(time_std=0.0), dict(difference=2.0), dict(power=-1.0),
+    dict(guidance=-2.0), dict(width=0), dict(widths=(20,)), dict(size=12)])
 def test_bad_settings_are_refused_by_name(fields):
     with pytest.raises(ValueError, match=f"{next(iter(fields))} must be"):
         meanflow.Config(**fields)

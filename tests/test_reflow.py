@@ -96,7 +96,7 @@ def test_a_flow_says_what_it_requires():
     (dict(depth=12), "depth has no effect with network unet"),
     (dict(network="dit", widths=(16,)), "widths has no effect with network dit"),
     (dict(network="dit", heads=3), "heads must be"), (dict(size=12), "size must be"),
-    (dict(times="never"), "times must be one of")])
+    (dict(times="never"), "times must be one of auto, logit-normal, uniform, u-shaped, got")])
 def test_settings_that_are_bad_or_have_no_effect_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
         flow.Config(**fields)

@@ -5,6 +5,7 @@ import torch
 from conftest import tiny_tokenizer
 
 from nanogen import judge
+from nanogen.audio import codec
 from nanogen.image import tokenizer
 
 KINDS = ("vq", "fsq", "kl", "none")
@@ -56,6 +57,18 @@ def test_kl_draws_in_training_only_and_pulls_towards_the_normal():
     assert losses[0] == 0 and losses[1] > 0 and losses[2] > 0
 
 
+def test_encoding_in_training_mode_moves_no_codebook_of_the_codec():
+    config = codec.Config(widths=(4, 4, 4), crop=1024, codebook_size=8, dim=8)
+    model, sound = codec.Codec(config).train(), torch.randn(2, 2048)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    codes = model.encode(sound)
+    assert torch.equal(codes, model.encode(sound)) and (codes >= 0).all()  # no quantizer dropout
+    with pytest.raises(ValueError, match="depth"):
+        model.encode(sound, codebooks=9)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(module.training for module in model.modules())
+
+
 @pytest.mark.parametrize("bottleneck", tokenizer.BOTTLENECKS)
 def test_encoding_learns_nothing_and_draws_nothing_in_training_mode_either(bottleneck):
     model = tiny_tokenizer(bottleneck).train()
@@ -84,7 +97,7 @@ def test_training_with_a_perceptual_weight_needs_the_network_and_a_finished_mode
     assert required.method == "judge" and required.training_only
     assert required.config == {} and required.recipe == required.name == "perceptual"
     model = tokenizer.Tokenizer(config)
-    with pytest.raises(ValueError, match="needs a perceptual network"):
+    with pytest.raises(ValueError, match="needs a perceptual network.* or set perceptual=0"):
         model.loss({"images": IMAGES})
     loss, metrics = model.eval().loss({"images": IMAGES})
     assert loss.isfinite() and "perceptual" not in metrics
@@ -105,6 +118,22 @@ def test_tokens_not_there_yet_are_painted_grey(bottleneck):
     assert not shown[0, :, 2:4, 2:4].any()  # cell 5 of 4x4 is in row 1, column 1
     assert (shown[0] == 0).all(0).sum() == 4
     assert torch.equal(tokenizer.show_partial(model, tokens), model.decode(tokens))
+
+
+@pytest.mark.parametrize("bottleneck", ["vq", "fsq"])
+def test_no_code_of_an_unknown_cell_leaks_into_known_ones(bottleneck):
+    """The decoder sees the mean of all codes there. Code 0 would shine through, however extreme."""
+    model, seen = tiny_tokenizer(bottleneck, grid=4), []
+    if bottleneck == "vq":
+        model.quantizer.codebook.vectors[0] = 10.0
+    model.decoder.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    unknown = torch.arange(16) % 2 == 1
+    tokens = torch.randint(1, model.codebook_size, (2, 16)).masked_fill(unknown, -1)
+    tokenizer.show_partial(model, tokens)
+    every = model.quantizer.decode(torch.arange(model.codebook_size))
+    decoded = seen[0].flatten(2).mT  # (2, 16, 16)
+    assert torch.allclose(decoded[:, unknown], every.mean(0).expand(2, 8, -1), atol=1e-5)
+    assert torch.equal(decoded[:, ~unknown], every[tokens[:, ~unknown]])
 
 
 @pytest.mark.parametrize(("fields", "said"), [

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from nanogen.blocks import sampling, transformer
 from nanogen.blocks.heads import make_head
 from nanogen.blocks.standardize import Standardizer
-from nanogen.method import Method, Requirement, check, choose, unused
+from nanogen.method import Method, Requirement, check, check_numbers, choose, unused
 
 PATTERNS = ("flat", "parallel", "delay", "latents")
 
@@ -55,13 +55,9 @@ class Config:
 
     def __post_init__(self):
         choose(self, pattern=PATTERNS, head=("flow", "mse", "diffusion"))
-        sizes = ("codebooks", "width", "depth", "heads", "classes", "speakers", "head_width",
-                 "head_depth", "head_repeat")
-        check(self, **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes})
-        check(self, width=(self.width % (2 * self.heads) == 0, f"a multiple of {2 * self.heads}"),
-              dropout=(0 <= self.dropout < 1, "from 0 to below 1"),
-              label_dropout=(0 <= self.label_dropout <= 1, "from 0 to 1"),
-              seconds=(self.seconds > 0, "more than 0"))
+        check_numbers(self, seconds=(self.seconds > 0, "more than 0"),
+                      dropout=(0 <= self.dropout < 1, "from 0 to below 1"))
+        check(self, width=(self.width % (2 * self.heads) == 0, f"a multiple of {2 * self.heads}"))
         if self.pattern == "latents":
             unused(self, "codebooks", when="with latents")
         else:
@@ -217,7 +213,7 @@ class AudioLM(Method):
         speakers = sampling.with_and_without(speakers, self.config.speakers, guidance)
         modulation = self.transformer.modulate(self.label(labels) + self.speaker(speakers))
         cache = None if not cached else transformer.Cache(
-            self.transformer, len(labels), count, modulation.dtype)
+            self.transformer, len(labels), count, modulation[0].dtype)
         tables = None if self.continuous else self.tables()
         size = self.dim if self.continuous else self.config.codebooks
         units = torch.full((batch, count + 1, size), self.empty, device=device)  # column 0: start

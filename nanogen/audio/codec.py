@@ -33,7 +33,7 @@ from torch import Tensor, nn
 
 from nanogen.audio.spectral import RATE, spectrogram, stft, to_log_mel
 from nanogen.blocks.quantize import ResidualVQ
-from nanogen.method import Method, check, unused
+from nanogen.method import Method, check, check_numbers, unused
 
 SPECTRAL_WINDOWS = (64, 128, 256, 512, 1024)  # samples; short windows have fewer mel bands
 DILATIONS = (1, 3)  # of the residual units of each level
@@ -64,16 +64,13 @@ class Config:
 
     def __post_init__(self):
         hop, fits = max(math.prod(self.strides), 1), len(self.widths) == len(self.strides) + 1
-        sizes = "dim", "codebooks", "codebook_size", "discriminator_width"
-        weights = *BALANCED, "commitment", "discriminator_start", "equalizer"
+        check_numbers(self, speed=(0 <= self.speed < 1, "from 0 to below 1"),
+                      unquantized=(0 <= self.unquantized <= 1, "from 0 to 1"),
+                      codebook_size=(self.codebook_size >= 2, "at least 2"),
+                      discriminator_start=(self.discriminator_start >= 0, "at least 0"))
         check(self, strides=(min(self.strides, default=1) >= 1, "at least 1 each"),
               widths=(fits and min(self.widths) > 1, "one more than strides, at least 2 each"),
-              crop=(self.crop > 0 and self.crop % hop == 0, f"a multiple of the hop, {hop}"),
-              dropout=(0 <= self.dropout <= 1, "from 0 to 1"),
-              unquantized=(0 <= self.unquantized <= 1, "from 0 to 1"),
-              speed=(0 <= self.speed < 1, "from 0 to below 1"),
-              **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes},
-              **{name: (getattr(self, name) >= 0, "at least 0") for name in weights})
+              crop=(self.crop % hop == 0, f"a multiple of the hop, {hop}"))
         if not self.adversarial:
             unused(self, "matching", "discriminator_start", "discriminator_width",
                    when="without a discriminator (adversarial = 0)")
@@ -290,7 +287,7 @@ class Codec(Method):
 
     def encode(self, waveforms: Tensor, codebooks: int | None = None, memory=None) -> Tensor:
         """(B, T) -> codes int64 (B, ceil(T / hop), codebooks): of the first ones, or of all."""
-        return self.quantizer(self.latents(waveforms, memory), depth=codebooks).indices
+        return self.quantizer.encode(self.latents(waveforms, memory), depth=codebooks)
 
     def decode(self, codes: Tensor, memory=None) -> Tensor:
         """Codes int64 (B, frames, 1 to codebooks) -> waveforms (B, frames * hop) in [-1, 1]."""

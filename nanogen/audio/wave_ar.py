@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
 from nanogen.blocks.transformer import CodeEmbedding, ConditionEmbedding, drop_labels, norm
 from nanogen.data.sources import SAMPLE_RATE as RATE
-from nanogen.method import Method, check
+from nanogen.method import Method, check_numbers
 
 MU = 255  # of mu-law: how strongly quiet samples are favoured
 SILENCE = 128  # the code of 0
@@ -46,9 +46,9 @@ class Config:
     speakers: int = 6  # number of voices
 
     def __post_init__(self):
-        check(self, width=(self.width >= 1, "at least 1"), layers=(self.layers >= 1, "at least 1"),
-              crop=(self.crop >= 2**self.layers, f"at least 2^layers = {2**self.layers} samples"),
-              seconds=(self.seconds * RATE >= 1, "at least one sample"))
+        seen = 2**self.layers
+        check_numbers(self, seconds=(self.seconds * RATE >= 1, "at least one sample"),
+                      crop=(self.crop >= seen, f"at least 2^layers = {seen} samples"))
 
 
 class WaveAR(Method):

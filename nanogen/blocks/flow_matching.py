@@ -21,8 +21,9 @@ with the cosine schedule. In dimensions in which the data hardly vary, flow's pa
 DDPM's are curved; images have many of these. Where they vary like the noise, DDPM's are straighter.
 
 Sources: Lipman et al. 2023, "Flow Matching"; Liu et al. 2022, "Rectified Flow" (straightness,
-reflow); Esser et al. 2024, "Stable Diffusion 3" (logit-normal t); Ho et al. 2020, "DDPM"; Nichol &
-Dhariwal 2021 (cosine schedule); Song et al. 2021, "DDIM".
+reflow); Esser et al. 2024, "Stable Diffusion 3" (logit-normal t); Lee et al. 2024, "Improving the
+Training of Rectified Flows" (U-shaped t); Ho et al. 2020, "DDPM"; Nichol & Dhariwal 2021 (cosine
+schedule); Song et al. 2021, "DDIM".
 Different here: in SD3 and DDPM time runs from data to noise, so their formulas appear with 1-t.
 """
 
@@ -49,6 +50,13 @@ def logit_normal_times(count: int, device: torch.device | None = None, mean: flo
     """sigmoid(mean + std N(0, 1)): (count,), as in SD3. Times near 0 and 1 are rare, since there is
     little to learn: the means of data and noise. mean > 0: more times near the data."""
     return torch.sigmoid(mean + std * torch.randn(count, device=device))
+
+
+def u_shaped_times(count: int, device: torch.device | None = None) -> Tensor:
+    """Times of density cosh(4 (t - 1/2)), up to a factor: (count,). Many are near 0 and 1, where a
+    straightened flow has its largest errors and is asked most (Lee et al. 2024, a = 4)."""
+    u = 2 * torch.rand(count, device=device) - 1
+    return 0.5 + torch.asinh(math.sinh(2) * u) / 4  # the inverse of the cumulative probability
 
 
 def flow_loss(velocity: Network, x1: Tensor, times: TimeSampler = uniform_times,

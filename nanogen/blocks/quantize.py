@@ -53,6 +53,15 @@ class Quantizer(nn.Module):
             q, indices, loss = self.quantize(self.project_in(x.float()), **options)
             return Quantized(self.project_out(q).to(x.dtype), indices, loss)
 
+    @torch.no_grad()
+    def encode(self, x: Tensor, **options) -> Tensor:
+        """The indices of features x (..., dim) alone. In training mode, too, nothing is learned."""
+        training = self.training
+        try:
+            return self.eval()(x, **options).indices
+        finally:
+            self.train(training)
+
     def decode(self, indices: Tensor, **options) -> Tensor:
         """The codes of these indices, as forward gives them: int64 (...) -> float32 (..., dim).
         IndexError for an index outside the codebook. options: of `lookup`."""
@@ -86,9 +95,11 @@ class VectorQuantizer(Quantizer):
         q, indices = self.codebook(z)
         return straight_through(z, q), indices, self.commitment * F.mse_loss(z, q)
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (...) -> vectors of the codebook (..., code_dim)."""
-        return F.embedding(indices, self.codebook.vectors)
+    def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
+        """Indices (...) -> vectors of the codebook (..., code_dim). known: bool (...), where to
+        look; the others get the mean of the codebook."""
+        codes, vectors = F.embedding(indices, self.codebook.vectors), self.codebook.vectors
+        return codes if known is None else torch.where(known[..., None], codes, vectors.mean(0))
 
 
 class FSQ(Quantizer):
@@ -114,10 +125,12 @@ class FSQ(Quantizer):
         indices = (digits * self.strides).sum(-1)
         return straight_through(z, self.lookup(indices)), indices, z.new_zeros(())
 
-    def lookup(self, indices: Tensor) -> Tensor:
-        """Indices (...) -> channels (..., channels), each of levels[i] values from -1 to 1."""
+    def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
+        """Indices (...) -> channels (..., channels), each of levels[i] values from -1 to 1. known:
+        bool (...), where to look; the others get 0, the mean of the codes."""
         digits = indices[..., None] // self.strides % self.levels
-        return 2 * digits / (self.levels - 1) - 1
+        codes = 2 * digits / (self.levels - 1) - 1
+        return codes if known is None else codes * known[..., None]
 
 
 class ResidualVQ(Quantizer):

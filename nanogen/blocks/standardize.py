@@ -16,10 +16,11 @@ class Standardizer(nn.Module):
 
     @torch.no_grad()
     def measure(self, x: Tensor) -> None:
-        """Store mean and std of the channels of x: (N, C, ...) or (N, ..., C)."""
+        """Store mean and std of the channels of x: (N, C, ...) or (N, ..., C). A constant channel
+        gets a std of 1e-5, not 0."""
         rows = x.movedim(-self.mean.dim(), -1).flatten(0, -2)  # (everything else, C)
         self.mean.copy_(rows.mean(0).view_as(self.mean))
-        self.std.copy_(rows.std(0).view_as(self.std))
+        self.std.copy_(rows.std(0).clamp(min=1e-5).view_as(self.std))
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std

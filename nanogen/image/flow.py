@@ -12,8 +12,16 @@ straightens a finished flow, the teacher. Lines between random pairs of noise an
 teacher's paths bend; but they do not cross. So a student that starts as the teacher and learns
 straight lines between the *ends* of its paths, drawn with guidance, needs fewer steps.
 
-Training draws t from logit-normal(0, 1), of which only 0.16% are below 0.05, or uniformly as DDPM.
-Samplers ask for evenly spaced times, beginning with 0, so their first ones are rare in training.
+Training should draw the times that the sampler asks for (`times`; t=0 is noise, t=1 data):
+
+    objective  training draws t from       t < 0.05  its sampler asks for
+    flow       logit-normal(0, 1), as SD3     0.16%  0, 1/16 ... 15/16 (midpoint, 8 steps)
+    ddpm       uniform, as DDPM                  5%  0, 1/25 ... 24/25 (25 steps)
+    reflow     U-shaped (Lee et al. 2024)      9.4%  0 in one step; 0, 1/4, 1/2, 3/4 in four
+
+Flow's ends are rare, because they are easy: at t=0 the answer is the mean of the data - x_t. DDPM
+divides its first answers by 0.01, so they must be good. heun also asks for t=1, as rare as t=0, and
+euler goes a whole step by its answer at t=0: for them, uniform times may be better.
 
     python -m nanogen train flow --data cifar10
 
@@ -27,17 +35,27 @@ from torch import Tensor, nn
 
 from nanogen.blocks import flow_matching as fm
 from nanogen.blocks.standardize import Standardizer
-from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_angles
+from nanogen.blocks.transformer import (
+    ConditionEmbedding,
+    Transformer,
+    drop_labels,
+    grid_angles,
+    zeroed,
+)
 from nanogen.blocks.unet import UNet, check_fit
 from nanogen.image import check_transformer
-from nanogen.method import Method, Requirement, check, choose, unused
+from nanogen.method import Method, Requirement, check, check_numbers, choose, unused
+
+TIMES = {"logit-normal": fm.logit_normal_times, "uniform": fm.uniform_times,
+         "u-shaped": fm.u_shaped_times}
+AUTO_TIMES = {"flow": "logit-normal", "ddpm": "uniform", "reflow": "u-shaped"}  # by objective
 
 
 @dataclass
 class Config:
     network: str = "unet"  # unet (on pixels) or dit (on latents)
     objective: str = "flow"  # flow, ddpm, or reflow (unet only; requires a finished flow)
-    times: str = "logit-normal"  # how training times are drawn: logit-normal or uniform
+    times: str = "auto"  # how training draws t: logit-normal, uniform, u-shaped; auto: see above
     widths: tuple[int, ...] = (64, 128, 128)  # unet: channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # unet: residual blocks per level
     attention_at: int = 1  # unet: coarsest levels with self-attention
@@ -53,9 +71,8 @@ class Config:
 
     def __post_init__(self):
         choose(self, network=("unet", "dit"), objective=("flow", "ddpm", "reflow"),
-               times=("logit-normal", "uniform"))
-        sizes = "width", "reflow_pairs", "reflow_steps"
-        check(self, **{name: (getattr(self, name) >= 1, "at least 1") for name in sizes})
+               times=("auto", *TIMES))
+        check_numbers(self, attention_at=(self.attention_at >= 0, "at least 0"))
         if self.network == "unet":
             unused(self, "depth", "heads", when="with network unet")
             check_fit(self.size, self.widths)
@@ -126,8 +143,8 @@ class Flow(Method):
             labels = drop_labels(labels, config.classes, config.label_dropout)
             x1 = batch["images"] if config.network == "unet" else self.latents(batch["latents"])
         objective = fm.diffusion_loss if config.objective == "ddpm" else fm.flow_loss
-        times = fm.logit_normal_times if config.times == "logit-normal" else fm.uniform_times
-        loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, times, noise)
+        times = AUTO_TIMES[config.objective] if config.times == "auto" else config.times
+        loss, each, t = objective(lambda x_t, t: self(x_t, t, labels), x1, TIMES[times], noise)
         thirds = fm.loss_by_time(each, t, 3).nan_to_num()  # 0 where no t fell
         return loss, dict(zip(("loss_noise", "loss_middle", "loss_data"), thirds, strict=True))
 
@@ -170,9 +187,7 @@ class LatentTransformer(nn.Module):
         channels, *grid = shape
         self.inp = nn.Conv2d(channels, width, 3, padding=1)  # 3x3: each token sees its neighbours
         self.transformer = Transformer(width, depth, heads)
-        self.out = nn.Linear(width, channels)
-        self.out.adamw = True
-        nn.init.zeros_(self.out.weight)
+        self.out = zeroed(nn.Linear(width, channels), adamw=True)
         self.register_buffer("angles", grid_angles(*grid, head=width // heads), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ MaskGIT needs a codebook because it answers with probabilities. A network traine
 by squared error gives the average of all plausible ones. A generation head (blocks/heads.py) draws
 one of the plausible vectors: it is a diffusion model of a single token. As in MaskGIT, training
 masks a random number of tokens; sampling starts with all masked and draws some in each pass, first
-few and then more (cosine schedule), in an order you choose. Guidance grows with the fraction of
-known tokens. FD-nano is explained in the README; lower is better.
+few and then more (cosine schedule), in an order you choose. In training, all numbers of masked
+tokens are equally likely, from 1 to all of them. Guidance grows with the fraction of known tokens.
+FD-nano is explained in the README; lower is better.
 
     python -m nanogen train mar --data cifar10      # 10 minutes on 2 CPU threads: FD-nano 31.4
 
@@ -38,6 +39,7 @@ from nanogen.blocks.transformer import (
     rotary_angles,
 )
 from nanogen.image import check_transformer
+from nanogen.image.tokenizer import show_partial
 from nanogen.method import Method, Requirement, check, choose, unused
 
 PATCH = 4  # pixels on a side of a patch
@@ -88,7 +90,8 @@ class MAR(Method):
             dim = base.config.channels
         elif config.tokens == "codes":
             codes = base.code_vectors()  # below: the head expects mean 0 and std 1
-            codes, dim = (codes - codes.mean(0)) / codes.std(0), codes.shape[1]
+            codes = (codes - codes.mean(0)) / codes.std(0).clamp(min=1e-5)  # 0 if all are alike
+            dim = codes.shape[1]
         else:
             dim, std = 3 * PATCH**2, 3**-0.5  # as if pixels were uniform in [-1, 1]
         self.token_dim, self.standardize = dim, Standardizer(dim)  # latents: see `measure`
@@ -143,18 +146,17 @@ class MAR(Method):
         return masked, pairs * (count + 1) + odd * half
 
     @torch.no_grad()
-    def sample(self, conditions: dict[str, Tensor], *, steps: int | None = None,
-               guidance: float = 1.0, temperature: float = 1.0, order: str | None = None,
-               head_steps: int | None = None, seed: int = 0, frames: bool = False) -> dict:
+    def sample(self, conditions: dict[str, Tensor], *, steps: int = 12, guidance: float = 1.0,
+               temperature: float = 1.0, order: str | None = None, head_steps: int | None = None,
+               seed: int = 0, frames: bool = False) -> dict:
         """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
-        steps: Transformer passes; None: 12, or one a token where there are fewer. head_steps,
-        temperature: of the head (None: flow 8, diffusion 16 steps). order: halton or random."""
+        steps: Transformer passes; if there are fewer tokens, one for each. head_steps, temperature:
+        of the head (None: flow 8, diffusion 16 steps). order: halton or random."""
         labels, count, order = conditions["labels"], self.grid**2, order or self.config.order
-        steps = min(12, count) if steps is None else steps
         if order not in ("halton", "random"):
             raise ValueError(f"order must be halton or random, got {order!r}")
-        if not 1 <= steps <= count:
-            raise ValueError(f"steps must be from 1 to the {count} tokens of an image, got {steps}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         batch, generator = len(labels), torch.Generator(labels.device).manual_seed(seed)
         keys = torch.rand(batch, count, generator=generator, device=labels.device)
         keys = self.halton.expand(batch, count) if order == "halton" else keys
@@ -163,7 +165,7 @@ class MAR(Method):
         labels = with_and_without(labels, self.config.classes, guidance)
         tokens = self.embedding.weight.new_zeros(batch, count, self.token_dim)
         copies, before, images = 1 if guidance == 1 else 2, 0, []
-        for after in reveal_schedule(count, steps):  # tokens known before and after a pass
+        for after in reveal_schedule(count, min(steps, count)):  # known before and after a pass
             now, masked = positions[:, before:after], ranks >= before  # (B, n) to draw, (B, T)
             # z of all tokens (copies B, T, width), then of those to draw: (copies B n, width)
             z = self.hidden_states(tokens.repeat(copies, 1, 1), masked.repeat(copies, 1), labels)
@@ -201,11 +203,11 @@ class MAR(Method):
     def to_images(self, tokens: Tensor, known: Tensor) -> Tensor:
         """Vectors (B, T, token_dim) -> images (B, 3, H, W); grey where not known, bool (B, T)."""
         if self.config.tokens == "codes":
-            indices = nearest(tokens.flatten(0, 1), self.codes)
-            x = self.tokenizer.decode(indices.view(known.shape))
-        else:
-            x = self.standardize.inverse(tokens).mT.unflatten(2, (self.grid, self.grid))
-            x = self.tokenizer.decode(x) if self.encodes else F.pixel_shuffle(x, PATCH).clamp(-1, 1)
+            indices = nearest(tokens.flatten(0, 1), self.codes).view(known.shape)
+            return show_partial(self.tokenizer, indices.masked_fill(~known, -1))
+        x = self.standardize.inverse(tokens * known[..., None])  # the mean where not known
+        x = x.mT.unflatten(2, (self.grid, self.grid))
+        x = self.tokenizer.decode(x) if self.encodes else F.pixel_shuffle(x, PATCH).clamp(-1, 1)
         cells = known.float().view(-1, 1, self.grid, self.grid)
         return x * F.interpolate(cells, self.config.size)
 

@@ -5,7 +5,9 @@
     pass 2    3 7 ? 9      mask the others again and repeat: 8 to 12 passes for 64 tokens
 
 The Transformer, without the causal mask, learns to fill in masked tokens: a fraction cos(pi/2 r) of
-the image, r uniform. Tokens of one pass are drawn independently: that is the price of few passes.
+the image, r uniform. The sampler asks for the same fractions, r = 0, 1/12 ... 11/12 for 12 passes;
+training hides all 64 tokens in 11% of the images. In training the masked positions are random, in
+sampling they follow `order`. Tokens of one pass are drawn independently: the price of few passes.
 
     python -m nanogen train maskgit --data cifar10      # 10 minutes on 2 CPU threads: FD-nano 28.8
 
@@ -98,23 +100,26 @@ class MaskGIT(Method):
         return (each * masked.flatten()).sum() / masked.sum(), {"masked": masked.float().mean()}
 
     @torch.no_grad()
-    def reveal(self, labels: Tensor, steps: int | None = None, guidance: float = 1.0,
+    def reveal(self, labels: Tensor, steps: int = 12, guidance: float = 1.0,
                temperature: float = 1.0, seed: int = 0, order: str | None = None,
-               truth: Tensor | None = None) -> list[Tensor]:
+               truth: Tensor | None = None, known: Tensor | None = None) -> list[Tensor]:
         """The tokens after every pass: a list of (B, T), -1 where masked. Settings: see `sample`.
         truth: tokens (B, T) to keep instead of drawn ones: which of them come first?"""
-        count, order = self.grid**2, order or self.config.order
-        steps = min(12, count) if steps is None else steps
+        order = order or self.config.order
         if order not in ("confidence", "halton"):
             raise ValueError(f"order must be confidence or halton, got {order!r}")
-        if not 1 <= steps <= count:
-            raise ValueError(f"steps must be from 1 to the {count} tokens of an image, got {steps}")
+        if steps < 1:
+            raise ValueError(f"steps must be at least 1, got {steps}")
         generator = torch.Generator(labels.device).manual_seed(seed)
-        tokens = torch.full((len(labels), count), -1, device=labels.device)
+        empty = torch.full((len(labels), self.grid**2), -1, device=labels.device)
+        tokens = empty if known is None else known.to(empty)
+        given = int((tokens >= 0).sum(1).min())  # the image with the fewest sets the pace
+        count = max(self.grid**2 - given, 1)  # to draw; if none is left, one pass changes nothing
+        steps = min(steps, count)
         labels = sampling.with_and_without(labels, self.config.classes, guidance)
         halton = sampling.halton_ranks(self.grid).to(labels.device).float()
         tables, history = (self.embedding(), self.head()), []  # tables: once for all passes
-        for step, known in enumerate(sampling.reveal_schedule(count, steps), start=1):
+        for step, new in enumerate(sampling.reveal_schedule(count, steps), start=1):
             inputs = torch.where(tokens < 0, self.mask, tokens)
             inputs = inputs if guidance == 1 else torch.cat([inputs, inputs])
             logits = sampling.apply_guidance(self.logits(inputs, labels, tables), guidance)
@@ -127,18 +132,19 @@ class MaskGIT(Method):
                 gumbel = -(-u.clamp(1e-9, 1 - 1e-7).log()).log()
                 priority = confidence + self.config.gumbel * (1 - step / steps) * gumbel
             priority = priority.masked_fill(tokens >= 0, float("inf"))  # what is known stays
-            best = priority.argsort(dim=1, descending=True)[:, :known]  # (B, known)
+            best = priority.argsort(dim=1, descending=True)[:, : given + new]  # (B, known)
             tokens = tokens.scatter(1, best, torch.where(tokens < 0, drawn, tokens).gather(1, best))
             history.append(tokens)
         return history
 
-    def sample(self, conditions: dict[str, Tensor], *, steps: int | None = None,
+    def sample(self, conditions: dict[str, Tensor], *, steps: int = 12,
                guidance: float = 1.0, temperature: float = 1.0, order: str | None = None,
-               seed: int = 0, frames: bool = False) -> dict:
+               known: Tensor | None = None, seed: int = 0, frames: bool = False) -> dict:
         """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
-        steps: passes, from 1 to the number of tokens; None: 12, or all tokens of a smaller grid.
-        order: confidence or halton. guidance, temperature: see blocks/sampling.py."""
-        history = self.reveal(conditions["labels"], steps, guidance, temperature, seed, order)
+        steps: passes; if there are fewer tokens to draw, one for each. order: confidence or halton.
+        known: tokens (B, T) that stay, -1: to draw. guidance, temperature: blocks/sampling.py."""
+        history = self.reveal(conditions["labels"], steps, guidance, temperature, seed, order,
+                              known=known)
         shown = [show_partial(self.tokenizer, tokens) for tokens in history[0 if frames else -1 :]]
         return {"images": shown[-1]} | ({"frames": shown} if frames else {})
 

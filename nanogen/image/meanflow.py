@@ -12,15 +12,25 @@ expensive. So differentiate it along the path, with r fixed (t=0 is noise, t=1 d
 
 The right side, computed by the network itself and held fixed, is the target for u. For r = t this
 is flow matching. As there, v is data - noise of a single line: the target is linear in v, so the
-mean is learned. du/dt is a Jacobian-vector product: one pass in forward mode, on a CPU as expensive
-as four to six, so only a fraction of the batch has r != t. Of these pairs, the smaller and larger
-of two logit-normal(0.4, 1) values, 0.0014% have r - t > 0.9; a sample in one step asks for 1.
+mean is learned.
+
+Training draws t <= r, two sorted logit-normal(2, 2) values; a quarter of the batch has r = t. A
+sampler of one step asks for t = 0, r = 1, and 0.9% of the pairs have r - t > 0.9. With logit-normal
+(0.4, 1) only 0.0014% have, and one step would hardly be trained.
 
     python -m nanogen train meanflow --data cifar10
 
-Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling"; there, time runs from data
-to noise, so r <= t. Different here: a U-Net on pixels; the mean squared error, not the sum, in the
-weight of the loss; slower times (`SLOW`); no conditional prediction of the network in the target.
+Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling" (times as for its CIFAR-10
+model); there, time runs from data to noise, so r <= t. Different here: a U-Net on pixels; the mean
+squared error, not the sum, in the weight of the loss; slower times (`SLOW`); no conditional
+prediction of the network in the target. Ours, with a switch for each:
+
+    difference      du/dt is the change of u over a tenth of the interval: one more pass. The
+                    derivative of the paper ("jvp", forward mode) costs four to six on a CPU.
+    tangent         the path follows the network's own velocity u(x_t, t, t), which has less noise
+                    than a single line: Geng et al. 2025, "Improved Mean Flows".
+    interval_start  flow matching alone comes first, since the average velocity is built on it: Kim
+                    et al. 2025, "Understanding, Accelerating, and Improving MeanFlow Training".
 """
 
 import math
@@ -35,7 +45,7 @@ from nanogen.blocks.flow_matching import expand, logit_normal_times
 from nanogen.blocks.sampling import guided
 from nanogen.blocks.transformer import ConditionEmbedding, TimeEmbedding, drop_labels
 from nanogen.blocks.unet import UNet, check_fit
-from nanogen.method import Method, check
+from nanogen.method import Method, check_numbers, choose
 
 Average = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]  # u(x (B, ...), t, r, labels (B,))
 SLOW = 0.05  # t is embedded as SLOW t: waves of 1,000 rad per unit would make du/dt noisy
@@ -43,9 +53,14 @@ SLOW = 0.05  # t is embedded as SLOW t: waves of 1,000 rad per unit would make d
 
 @dataclass
 class Config:
-    interval_fraction: float = 0.25  # fraction of the batch with r != t; the rest is flow matching
+    interval_fraction: float = 0.75  # fraction of the batch with r != t; the rest is flow matching
+    interval_start: int = 300  # training step at which pairs with r != t begin
+    time_mean: float = 2.0  # mean of the logit-normal times before the sigmoid: > 0 is nearer data
+    time_std: float = 2.0  # their standard deviation: a larger one draws more long intervals
+    derivative: str = "difference"  # du/dt: difference, or jvp (exact, slow on a CPU)
+    difference: float = 0.1  # length of the difference, as a fraction of r - t
+    tangent: str = "network"  # direction of the path: network (its own velocity) or line
     power: float = 1.0  # p in the weight 1 / (error + 0.001)^p of an image's loss; 0: equal weights
-    time_mean: float = 0.4  # mean of the logit-normal times before the sigmoid: > 0 is nearer data
     guidance: float = 2.0  # trained in, so that a guided image costs one pass; 1: none
     widths: tuple[int, ...] = (64, 128, 128)  # channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # residual blocks per level
@@ -56,48 +71,68 @@ class Config:
     classes: int = 10  # number of labels
 
     def __post_init__(self):
-        check(self, interval_fraction=(0 <= self.interval_fraction <= 1, "from 0 to 1"),
-              power=(self.power >= 0, "at least 0"), guidance=(self.guidance >= 0, "at least 0"),
-              width=(self.width >= 1, "at least 1"))
+        choose(self, derivative=("difference", "jvp"), tangent=("network", "line"))
+        check_numbers(self, interval_fraction=(0 <= self.interval_fraction <= 1, "from 0 to 1"),
+                      interval_start=(self.interval_start >= 0, "at least 0"),
+                      time_mean=(True, "any number"), time_std=(self.time_std > 0, "more than 0"),
+                      difference=(0 < self.difference <= 1, "more than 0, at most 1"),
+                      attention_at=(self.attention_at >= 0, "at least 0"))
         check_fit(self.size, self.widths)
 
 
-def draw_times(count: int, intervals: int, mean: float = 0.0, device=None) -> tuple[Tensor, Tensor]:
+def draw_times(count: int, intervals: int, mean: float = 2.0, std: float = 2.0,
+               device=None) -> tuple[Tensor, Tensor]:
     """t <= r, two sorted logit-normal draws: (count,) each. After the first `intervals`, r = t."""
-    t, r = logit_normal_times(2 * count, device, mean).view(2, count).sort(dim=0).values
+    t, r = logit_normal_times(2 * count, device, mean, std).view(2, count).sort(dim=0).values
     r[intervals:] = t[intervals:]
     return t, r
 
 
 @torch.no_grad()
-def change_along_path(u: Average, x: Tensor, v: Tensor, t: Tensor, r: Tensor,
-                      labels: Tensor) -> Tensor:
+def jvp(u: Average, x: Tensor, v: Tensor, t: Tensor, r: Tensor, labels: Tensor) -> Tensor:
     """The total derivative du/dt = v . grad_x u + d_t u at a fixed r: float32, the shape of x."""
     # Float32: under autocast, forward mode mixes types. MATH: fused attention has no forward mode.
     with torch.autocast(x.device.type, enabled=False), sdpa_kernel(SDPBackend.MATH):
         return torch.func.jvp(lambda x, t: u(x, t, r, labels), (x, t), (v, torch.ones_like(t)))[1]
 
 
-def meanflow_loss(u: Average, x1: Tensor, labels: Tensor, interval_fraction: float = 0.25,
-                  power: float = 1.0, time_mean: float = 0.4,
+@torch.no_grad()
+def difference(u: Average, x: Tensor, v: Tensor, t: Tensor, r: Tensor, labels: Tensor, now: Tensor,
+               fraction: float) -> Tensor:
+    """About the same: the change of u from t to t + fraction (r - t), divided by that time. now:
+    u(x, t, r). A longer difference has less noise, and a target that no longer depends on u at t
+    alone (Zhang et al. 2025, "AlphaFlow")."""
+    h = fraction * (r - t) + 1e-4  # never 0
+    later = u(x + expand(h, x) * v, t + h, r, labels)
+    return (later - now) / expand(h, x)
+
+
+def meanflow_loss(u: Average, x1: Tensor, labels: Tensor, config: Config, intervals: int,
                   guide: Callable | None = None) -> tuple[Tensor, Tensor, Tensor]:
     """Data x1 (B, ...), labels (B,) -> (weighted loss, a scalar; squared errors (B,); r - t (B,)).
-    guide: turns (x_t, t, v) into the velocity to learn. power=1 divides each error by its own size:
-    large errors do not dominate the gradient, and the loss stays near 1, so watch the errors. It
-    also moves what is learned from the mean of v towards its likely values, the modes."""
-    intervals = math.ceil(interval_fraction * len(x1))  # so many examples, the first, get r != t
-    t, r = draw_times(len(x1), intervals, time_mean, x1.device)
+    intervals: so many examples, the first, get r != t. guide: turns (x_t, t, v) into the velocity
+    to learn. power=1 divides each error by its own size: large errors do not dominate the gradient,
+    and the loss stays near 1, so watch the errors. It also moves what is learned from the mean of v
+    towards its likely values, the modes."""
+    t, r = draw_times(len(x1), intervals, config.time_mean, config.time_std, x1.device)
     x0 = torch.randn_like(x1)
     x_t = torch.lerp(x0, x1, expand(t, x1))
     predicted = u(x_t, t, r, labels)
     v = x1 - x0 if guide is None else guide(x_t, t, x1 - x0)
     target = v.clone()
     if intervals:
-        some = slice(intervals)
-        change = change_along_path(u, x_t[some], v[some], t[some], r[some], labels[some])
-        target[some] += expand((r - t)[some], x1) * change
+        x, v, t_, r_, labels = (tensor[:intervals] for tensor in (x_t, v, t, r, labels))
+        if config.tangent == "network":
+            with torch.no_grad():
+                v = u(x, t_, t_, labels)
+        if config.derivative == "jvp":
+            change = jvp(u, x, v, t_, r_, labels)
+        else:
+            now = predicted[:intervals].detach()
+            change = difference(u, x, v, t_, r_, labels, now, config.difference)
+        target[:intervals] += expand(r_ - t_, x) * change
     error = (predicted - target).square().flatten(1).mean(1)
-    return (error * (error.detach() + 1e-3) ** -power).mean(), error.detach(), r - t
+    return (error * (error.detach() + 1e-3) ** -config.power).mean(), error.detach(), r - t
 
 
 @torch.no_grad()
@@ -121,6 +156,7 @@ class MeanFlow(Method):
         self.config = config
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
         self.interval = TimeEmbedding(config.width)  # of r - t
+        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training, so far
         self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         for module in self.network.modules():
             if isinstance(module, nn.GroupNorm):
@@ -132,11 +168,14 @@ class MeanFlow(Method):
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """batch: "labels" (B,), "images" (B, 3, H, W). Logs the errors for r = t and for r != t."""
-        config = self.config
+        config, count = self.config, len(batch["images"])
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
+        self.steps += self.training
+        begun = self.steps > config.interval_start or not self.training
         loss, error, length = meanflow_loss(
-            self, batch["images"], labels, config.interval_fraction, config.power,
-            config.time_mean, lambda x_t, t, v: self.guided_velocity(x_t, t, v, labels))
+            self, batch["images"], labels, config,
+            math.ceil(config.interval_fraction * count) if begun else 0,
+            lambda x_t, t, v: self.guided_velocity(x_t, t, v, labels))
         parts = {"error_flow": length == 0, "error_interval": length > 0}
         return loss, {k: (error * at).sum() / at.sum().clamp(min=1) for k, at in parts.items()}
 

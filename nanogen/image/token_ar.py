@@ -4,7 +4,8 @@
 
 A causal Transformer sees the tokens so far and answers with a probability for each entry of the
 codebook. To sample: draw a token, append it, repeat, 64 times for an 8x8 grid. The cache keeps the
-keys and values of the past, so that each step computes one token only.
+keys and values of the past, so that each step computes one token only. Training and sampling take
+the same order, and each training image trains all 64 steps; but its past is real, never drawn.
 
     python -m nanogen train token_ar --data cifar10      # 10 minutes on 2 CPU threads: FD-nano 15.2
 
@@ -97,16 +98,17 @@ class TokenAR(Method):
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, guidance: float = 1.0,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, cached: bool = True,
-               seed: int = 0, frames: bool = False) -> dict:
+               known: Tensor | None = None, seed: int = 0, frames: bool = False) -> dict:
         """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
-        Settings: see blocks/sampling.py. cached=False computes the past anew for every token."""
+        known: tokens (B, T) that stay, -1: to draw; a drawn token sees only those before it.
+        Others: see blocks/sampling.py. cached=False computes the past anew for every token."""
         labels, count = conditions["labels"], self.grid**2
         generator = torch.Generator(labels.device).manual_seed(seed)
         tokens = torch.empty(len(labels), 0, dtype=torch.long, device=labels.device)
         labels = with_and_without(labels, self.config.classes, guidance)
         tables, modulation = self.tables(), self.transformer.modulate(self.label(labels))
         cache = None if not cached else transformer.Cache(
-            self.transformer, len(labels), count, modulation.dtype)
+            self.transformer, len(labels), count, modulation[0].dtype)
         images = []
         for i in range(count):
             both = tokens if guidance == 1 else torch.cat([tokens, tokens])
@@ -115,6 +117,8 @@ class TokenAR(Method):
             x = self.transformer(x, angles, causal=not cached, modulation=modulation, cache=cache)
             logits = apply_guidance((x[:, -1] @ tables[-1].mT).float(), guidance)
             token = draw(logits, generator, temperature, top_k, top_p)
+            if known is not None:
+                token = torch.where(known[:, i] >= 0, known[:, i], token)
             tokens = torch.cat([tokens, token[:, None]], dim=1)
             if frames and ((i + 1) % max(count // 16, 1) == 0 or i + 1 == count):
                 so_far = F.pad(tokens, (0, count - i - 1), value=-1)

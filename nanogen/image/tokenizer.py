@@ -26,8 +26,7 @@ from torch import Tensor, nn
 from nanogen.blocks.multiscale import MultiScaleVQ
 from nanogen.blocks.quantize import FSQ, VectorQuantizer
 from nanogen.blocks.unet import Downsample, ResidualBlock, Upsample, check_fit
-from nanogen.image import check_numbers
-from nanogen.method import Method, Requirement, check, choose, unused
+from nanogen.method import Method, Requirement, check, check_numbers, choose, unused
 
 BOTTLENECKS = {"vq": {"codebook_size", "code_dim"}, "fsq": {"levels"}, "none": {"channels"},
                "kl": {"channels", "kl"}, "multiscale": {"codebook_size", "code_dim", "scales"}}
@@ -52,7 +51,7 @@ class Config:
         choose(self, bottleneck=tuple(BOTTLENECKS))
         others = set().union(*BOTTLENECKS.values()) - BOTTLENECKS[self.bottleneck]  # their fields
         unused(self, *others, when=f"with bottleneck {self.bottleneck}")
-        check_numbers(self)
+        check_numbers(self, codebook_size=(self.codebook_size >= 2, "at least 2"))
         check_fit(self.size, self.widths)
         rising = self.scales and list(self.scales) == sorted({s for s in self.scales if s > 0})
         check(self, levels=(min(self.levels, default=0) >= 2, "numbers of at least 2"),
@@ -107,7 +106,8 @@ class Tokenizer(Method):
         out in eval mode, and a ValueError in training."""
         images, weight = batch["images"], self.config.perceptual
         if weight and self.training and self.perceptual_network is None:
-            raise ValueError("training with perceptual > 0 needs a perceptual network as base")
+            raise ValueError("training with perceptual > 0 needs a perceptual network: pass it as "
+                             "base, or set perceptual=0")
         z, _, extra = self.bottleneck(self.encoder(images))
         decoded = self.decoder(z).float()
         metrics = {"squared_error": (decoded - images).square().mean(), "bottleneck": extra}
@@ -120,10 +120,10 @@ class Tokenizer(Method):
     @torch.no_grad()
     def encode(self, images: Tensor) -> Tensor:
         """Images -> indices (B, T), or for kl and none vectors (B, C, h, w). Nothing is learned."""
-        training = self.training
-        z, indices, _ = self.eval().bottleneck(self.encoder(images))
-        self.train(training)
-        return z if indices is None else indices
+        features = self.encoder(images)
+        if self.quantizer is None:
+            return features.float().chunk(2, dim=1)[0]  # the mean
+        return self.quantizer.encode(features.permute(0, 2, 3, 1)).flatten(1)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor, **options) -> Tensor:
@@ -177,9 +177,11 @@ def perceptual_loss(network: nn.Module, images: Tensor, target: Tensor) -> Tenso
 
 def show_partial(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
     """Decode tokens (B, T), some of them -1, unknown, and paint unknown cells grey: (B, 3, H, W).
-    The decoder sees code 0 there, which also changes pixels of the known cells around them."""
-    known = (tokens >= 0).float().view(-1, 1, tokenizer.grid, tokenizer.grid)
-    return tokenizer.decode(tokens.clamp(min=0)) * F.interpolate(known, tokenizer.config.size)
+    The decoder sees the mean of all codes there, so that no code colours the known cells nearby."""
+    known = tokens >= 0
+    cells = known.float().view(-1, 1, tokenizer.grid, tokenizer.grid)
+    images = tokenizer.decode(tokens.clamp(min=0), known=known)
+    return images * F.interpolate(cells, tokenizer.config.size)
 
 
 Model = Tokenizer

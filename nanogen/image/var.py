@@ -144,7 +144,7 @@ class VAR(Method):
         tokens = F.pad(prefix, (0, len(self.pass_of) - given))
         labels = with_and_without(labels, self.config.classes, guidance)
         modulation, head = self.transformer.modulate(self.label(labels)), self.head()
-        cache = Cache(self.transformer, len(labels), len(self.pass_of), modulation.dtype)
+        cache = Cache(self.transformer, len(labels), len(self.pass_of), modulation[0].dtype)
         mask, inputs, end = self.mask, [], 0
         if guidance != 1 and hide_scale:  # (2 B, 1, T, T)
             mask = torch.stack([mask, self.blind_mask]).repeat_interleave(count, 0)[:, None]
