@@ -93,7 +93,7 @@ def tiny_data(method: str, grid: int = 4, count: int = 16) -> dict[str, torch.Te
 
 def briefly(steps: int, **fields) -> Training:
     """A training of a few steps."""
-    return Training(**(dict(steps=steps, batch_size=16, compile=False, lr=5e-3) | fields))
+    return Training(**(dict(steps=steps, batch_size=16, warmup=2, lr=5e-3) | fields))
 
 
 @pytest.fixture(scope="session")

@@ -291,6 +291,14 @@ def test_stoi_does_not_count_the_pauses():
     assert sound_metrics.stoi(paused, hissing) > 0.99
 
 
+def test_a_voice_and_a_tone_are_periodic_and_noise_of_any_colour_is_not():
+    noise = RANDOM.normal(size=8000)
+    colored = np.convolve(noise, 0.9 ** np.arange(40))
+    assert max(map(sound_metrics.periodicity, (noise, colored, np.zeros(100)))) < 0.3
+    tone = np.sin(np.arange(4000) / 8000 * 2 * np.pi * 150)
+    assert 0.8 < sound_metrics.periodicity(tone) < 1 and sound_metrics.periodicity(speech()) > 0.4
+
+
 def test_sounds_that_cannot_be_compared_are_refused_in_a_sentence():
     with pytest.raises(UserError, match="join clips first"):
         sound_metrics.stoi(speech()[:2000], speech()[:2000])

@@ -7,16 +7,24 @@ import numpy as np
 import pytest
 import torch
 from conftest import QUICK, TINY, tiny, tiny_run
+from PIL import Image
 
 from nanogen import UserError
 from nanogen.data.datasets import load
 from nanogen.lab import prepare as preparation
 from nanogen.lab import runs
-from nanogen.lab.prepare import encode, prepare, to_tensor
-from nanogen.lab.recipes import facts, make_config, recipes, typed
+from nanogen.lab.prepare import columns, encode, prepare, remarks, to_tensor
+from nanogen.lab.recipes import (
+    facts,
+    find_recipe,
+    make_config,
+    recipes,
+    required_recipe,
+    typed,
+)
 from nanogen.lab.runs import load_run, train_run
-from nanogen.lab.train import Training
-from nanogen.method import METHODS
+from nanogen.lab.train import Training, train
+from nanogen.method import METHODS, find
 
 # ---- settings
 
@@ -36,7 +44,7 @@ def test_unknown_and_mistyped_values_are_refused_by_name(fields, own_images, tmp
 
 
 @pytest.mark.parametrize("fields", [
-    dict(optimizer="sgd"), dict(batch_size=0), dict(batch_size=-4), dict(minutes=0, steps=0),
+    dict(optimizer="sgd"), dict(batch_size=0), dict(batch_size=-4), dict(steps=0),
     dict(decay_start=1.0), dict(lr=-1.0), dict(ema=1.5), dict(steps=-1)])
 def test_budgets_and_rates_that_make_no_sense_are_refused(fields, own_images, tmp_path):
     refused("judge", own_images, tmp_path, fields, f"{next(iter(fields))} must be")
@@ -81,10 +89,30 @@ def test_every_recipe_fits_its_method(method, fruit):
         for name, recipe in by_name.items():
             recipe = {"config": {}, "training": {}} | recipe
             config, training = make_config(method, recipe, {}, facts(fruit))
-            assert training.minutes > 0, (data, name)
+            assert training.steps > 1 and not training.minutes, (data, name)
             for key, value in (recipe["config"] | recipe["training"]).items():
                 value = tuple(value) if isinstance(value, list) else value
                 assert value in (getattr(config, key, None), getattr(training, key, None))
+
+
+@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wave_ar", "judge")])
+def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
+    """Three steps on a CPU, on an untrained tokenizer, codec or judge of its recipe."""
+    kind = find(method).Model.data
+    dataset = load("voices" if kind == "sounds" else "scenes", count=8)
+
+    def build(method, settings, overrides):
+        config, training = make_config(method, settings, overrides, facts(dataset))
+        need = find(method).Model.requires(config)
+        base = need and build(need.method, required_recipe(need, name, kind, "gpu"),
+                              need.config | {"size": config.size} if kind == "images" else {})[0]
+        return find(method).Model(config, base), training
+
+    name = "fsdd" if kind == "sounds" else "cifar10"
+    brief = {"batch_size": 2, "steps": 3, "compile": False}
+    model, training = build(method, find_recipe(method, name, kind, "gpu"), brief)
+    log = train(model, prepare(model, dataset, flip=False), training, quiet=True)
+    assert np.isfinite(log[-1]["loss"])
 
 
 def test_pixel_ar_trains_at_the_size_that_its_config_names(fruit):
@@ -92,10 +120,12 @@ def test_pixel_ar_trains_at_the_size_that_its_config_names(fruit):
     assert config.size == 16  # a chain of 32x32 is too long for a laptop
 
 
-def test_minutes_from_the_user_replace_steps_of_the_recipe():
+def test_a_budget_from_the_user_replaces_that_of_the_recipe():
     settings = {"config": {}, "training": {"steps": 100}}
-    for budget, steps in (({"minutes": 2.0}, 0), ({"steps": 7}, 7)):
-        assert make_config("judge", settings, budget, {})[1].steps == steps
+    assert make_config("judge", settings, {"minutes": 2.0}, {})[1].minutes == 2
+    assert make_config("judge", settings, {"steps": 7}, {})[1].steps == 7
+    begun = {"config": {}, "training": {"steps": 100, "minutes": 2.0}}  # of a run that goes on
+    assert make_config("judge", begun, {"steps": 7}, {})[1].minutes == 0
     with pytest.raises(UserError, match="either minutes or steps"):
         make_config("judge", settings, {"minutes": 2.0, "steps": 7}, {})
     assert typed(Training, {"lr": 1}, "training").lr == 1  # a whole number is a number
@@ -106,6 +136,45 @@ def test_minutes_from_the_user_replace_steps_of_the_recipe():
 
 def floats(dataset) -> torch.Tensor:
     return to_tensor(dataset.train["images"], 32).float() / 127.5 - 1
+
+
+def sees(size: int) -> SimpleNamespace:
+    """A model of which only the size of its images matters."""
+    config = SimpleNamespace(size=size)
+    return SimpleNamespace(config=config, columns=(), concatenated=False)
+
+
+def test_a_size_of_64_sees_the_64_pixels_of_a_file(tmp_path, fruit):
+    pixels = np.zeros((64, 64, 3), np.uint8)
+    pixels[:, ::2] = 255
+    (tmp_path / "stripes").mkdir()
+    for i in range(3):
+        Image.fromarray(pixels).save(tmp_path / f"stripes/{i}.png")
+    data = load(tmp_path)
+    seen = columns(sees(64), data)["images"]
+    assert seen.shape == (2, 3, 64, 64) and seen[0, 0, 0, :4].tolist() == [255, 0, 255, 0]
+    assert columns(sees(48), data, "test")["images"].shape == (1, 3, 48, 48)
+    assert abs(columns(sees(16), data)["images"].float() - 128).max() < 9
+    assert facts(data)["size"] == 32  # of a judge, whatever a flow sees: one judge for all sizes
+    assert remarks(sees(65), data, True) == [
+        "2 of 2 images are smaller than 65x65 and are enlarged: --size S.",
+        "Images are mirrored at random: --no-flip if left and right matter."]
+
+
+def test_images_without_files_are_not_enlarged(tmp_path):
+    with pytest.raises(UserError, match="scenes has images of 32x32 pixels: size must be at most"):
+        tiny_run("flow", load("scenes", count=20), tmp_path / "run", size=64)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_training_says_how_many_clips_it_cuts(fruit):
+    clips = [np.zeros(count, np.float32) for count in (8000, 6400, 6401, 40_000)]
+    sounds = dataclasses.replace(fruit, kind="sounds", train={"waveforms": clips})
+    model = SimpleNamespace(config=SimpleNamespace(seconds=0.8), concatenated=False)
+    said = ["3 of 4 clips are longer than 0.8 s and are cut there: --seconds S."]
+    assert remarks(model, sounds, True) == said
+    model.config.seconds = 5.0
+    assert remarks(model, sounds, True) == []
 
 
 def test_images_are_made_smaller_by_the_mean_of_an_area():
@@ -156,7 +225,7 @@ def test_what_was_encoded_is_found_again_unless_images_settings_or_tokenizer_cha
     first, again = prepared(), prepared()
     assert len(encoded) <= 1 and all(torch.equal(first[name], again[name]) for name in first)
     before = len(encoded)
-    negative = fruit.train | {"images": 255 - fruit.train["images"]}
+    negative = fruit.train | {"images": 255 - fruit.train["images"], "hashes": ["other"] * 54}
     changed = prepared(dataclasses.replace(fruit, train=negative))
     assert not torch.equal(changed["tokens"], first["tokens"]) and len(encoded) == before + 1
     assert len(prepared(flip=False)["tokens"]) == len(fruit) and len(encoded) == before + 2

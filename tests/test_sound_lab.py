@@ -271,12 +271,13 @@ def test_evaluation_of_sound(method, finished, tmp_path):
         assert 6 * 2 < len(list((run.folder / "samples").glob("*.wav"))) <= 60
     else:
         assert {"fd_nano", "fd_nano_floor", "fd_nano_ceiling", "class_accuracy", "seconds",
-                "speaker_accuracy", "seconds_real", "seconds_per_sound"} <= set(metrics)
+                "speaker_accuracy", "seconds_real", "seconds_per_sound",
+                "voiced_fraction", "voiced_fraction_real"} <= set(metrics)
         assert ("bits_per_sample" in metrics) == (method == "wave_ar")
         assert ("bits_per_sample_order_1" in metrics) == (method == "wave_ar")
         assert metrics["seconds_per_second_of_sound"] > 0 and metrics["samples"] == 8
         page = report.write([run.folder], tmp_path / "page.html").read_text()
-        assert page.count("<audio controls") == 8 and "speaker accuracy" in page
+        assert page.count("<audio controls") == 3 + 8 and "speaker accuracy" in page
 
 
 def test_a_speaker_who_was_left_out_is_the_null_class(finished, tmp_path, monkeypatch):

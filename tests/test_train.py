@@ -14,6 +14,7 @@ from torch import nn
 
 from nanogen import UserError
 from nanogen.lab import machine
+from nanogen.lab import train as train_module
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.train import Training, check_batch, draw_batch, train, update_ema
 
@@ -177,15 +178,15 @@ DATA = {"labels": torch.zeros(64, dtype=torch.long)}
 
 
 def test_the_learning_rate_rises_stays_and_falls_to_zero():
-    log = train(Counter(), DATA, briefly(100, lr=1.0, warmup=0.1, decay_start=0.5), quiet=True)
+    log = train(Counter(), DATA, briefly(100, lr=1.0, warmup=10, decay_start=0.5), quiet=True)
     rates = [line["lr"] for line in log]
-    assert len(rates) == 100 and rates[0] == 0 and rates[5] == pytest.approx(0.5)
+    assert len(rates) == 100 and rates[0] == pytest.approx(0.1) and rates[4] == pytest.approx(0.5)
     assert max(rates) == 1 and rates[10:50] == [1.0] * 40
     assert rates[75] == pytest.approx(0.5) and rates[-1] == pytest.approx(0.02)
 
 
 def test_a_budget_in_minutes_ends_in_time_and_the_model_has_the_ema():
-    model, options = Counter(), briefly(0, minutes=0.005, batch_size=8, lr=2e-3, save_every=9e9)
+    model, options = Counter(), briefly(1, minutes=0.005, batch_size=8, lr=2e-3, save_every=9e9)
     log = train(model, DATA, options, quiet=True)
     assert 0.004 < log[-1]["minutes"] < 0.2 and log[-1]["step"] == model.step > 1
     assert not model.training and model.weight.mean() < 0  # downhill
@@ -204,8 +205,44 @@ def test_a_loss_that_is_not_finite_stops_the_run_with_what_to_try(tmp_path):
         train(model, DATA, briefly(50, lr=0.3), tmp_path, quiet=True)
     assert all(words in str(error.value) for words in ("nan", "--lr 0.1", "--warmup"))
     assert "keeps" not in str(error.value)  # nothing was saved yet
-    with pytest.raises(UserError, match="--lr 0.1"):  # at the first step the rate is still 0
+    with pytest.raises(UserError, match="--lr 0.1"):
         train(Counter(lambda step: math.inf), DATA, briefly(50, lr=0.3), quiet=True)
+
+
+def test_a_loss_that_is_not_finite_after_the_last_line_of_the_log_is_not_a_finished_run(
+        tmp_path, monkeypatch):
+    used = iter([0.5] * 6 + [1.0])  # before and after each of three steps, all in one percent
+    monkeypatch.setattr(train_module.Progress, "fraction", lambda self, step: next(used))
+    model = Counter(lambda step: math.nan if step == 3 else 1.0)
+    with pytest.raises(UserError, match="nan"):
+        train(model, DATA, briefly(3), tmp_path, quiet=True)
+    assert not (tmp_path / "state.pt").exists()
+
+
+def test_the_time_left_is_sane_and_does_not_count_the_first_step():
+    options = Training(steps=101)
+    progress = train_module.Progress(options, [], True, 0, start=0.0)
+    progress.add({"loss": 1.0})
+    progress.write(1, 1, 0.1, 8, {})
+    assert progress.left(1, 500.0) == ""  # the first step compiles: it says nothing
+    progress.first = (1, 500.0)
+    assert progress.left(3, 504.0) == ", 3 min 16 s left"
+
+
+def test_the_loss_of_examples_not_trained_on_is_logged_and_changes_nothing(tmp_path):
+    held_out, seen = {"labels": torch.ones(48)}, []
+
+    class Watches(Counter):
+        def loss(self, batch):
+            seen.append((self.training, batch["labels"].max().item()))
+            return super().loss(batch)
+
+    with_it, without = Watches(), Counter()
+    log = train(with_it, DATA, briefly(200), quiet=True, held_out=held_out)
+    train(without, DATA, briefly(200), quiet=True)
+    lines = [line["percent"] for line in log if "held_out_loss" in line]
+    assert lines == [0, *range(5, 101, 5)] and torch.equal(with_it.weight, without.weight)
+    assert seen.count((False, 1)) == 21 * 3 and seen.count((True, 0)) == 200
 
 
 def test_what_is_saved_before_a_loss_is_not_finite_is_good(tmp_path):
@@ -313,7 +350,7 @@ def test_torch_compile_that_does_not_work_is_said_once_and_training_goes_on(monk
     assert model.step == 5 and capsys.readouterr().out.count("goes on without") == 1
 
 
-@pytest.mark.parametrize("budget", [dict(steps=-1), dict(minutes=-1.0), dict(minutes=0.0)])
+@pytest.mark.parametrize("budget", [dict(steps=-1), dict(steps=0), dict(minutes=-1.0)])
 def test_a_budget_below_zero_is_refused_and_not_an_endless_run(budget):
     with pytest.raises(ValueError, match=f"{next(iter(budget))} must be"):
         Training(**budget)
@@ -353,7 +390,7 @@ def test_the_device_that_computes_is_the_one_that_is_named_and_waited_for(monkey
 
 @pytest.mark.parametrize("method", ["pixel_ar", "token_ar", "maskgit", "flow", "dit"])
 def test_every_method_trains_and_draws_in_bfloat16(method, monkeypatch):
-    monkeypatch.setattr(machine, "precision", lambda: torch.bfloat16)
+    monkeypatch.setattr(machine, "precision", lambda wanted="": torch.bfloat16)
     model = awake(tiny(method))
     log = train(model, tiny_data(method), briefly(1), quiet=True)
     settings = {} if method in ("pixel_ar", "token_ar") else {"steps": 2}

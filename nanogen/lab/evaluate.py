@@ -22,17 +22,20 @@ from nanogen.data.datasets import Dataset
 from nanogen.judge import Judge
 from nanogen.lab import machine, metrics, sound_metrics
 from nanogen.lab.plots import grid, to_uint8
-from nanogen.lab.prepare import columns, pad, to_tensor
+from nanogen.lab.prepare import columns, pad, test_columns, to_tensor
 from nanogen.lab.runs import Run, judge
 from nanogen.lab.sample import sample, write_samples, write_sounds
 
 
-def evaluate(run: Run, n: int = 1000, dataset: Dataset | None = None, seed: int = 1,
+def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, seed: int = 1,
              quiet: bool = False, **settings) -> dict:
     """All metrics of a run, also written to its metrics.json. UserError where nothing can be said.
-    n: number of samples, at most `samples_to_judge` of the model, or of test examples for a
-    tokenizer. dataset: that of the run, if loaded already. settings: of the sampler."""
+    n: number of samples, or of test examples for a tokenizer; `samples_to_judge` unless told.
+    dataset: that of the run, if loaded already. settings: of the sampler."""
     model, dataset = run.model, dataset or run.dataset()
+    n = model.samples_to_judge if n is None else n
+    if n < 1:
+        raise UserError(f"The number of samples must be at least 1, got {n}.")
     settings = {name: value for name, value in settings.items() if value is not None}
     if settings and model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample, and no use for "
@@ -43,7 +46,7 @@ def evaluate(run: Run, n: int = 1000, dataset: Dataset | None = None, seed: int 
     if not expert and dataset.kind != "videos" and model.output == dataset.main:
         expert = judge(dataset, Path(os.path.normpath(run.folder / "..")), quiet)
     if model.kind == "judge":
-        test = test_columns(run, dataset)
+        test = test_columns(run.model, dataset)
         result = accuracies(model, test[dataset.main], test)
         result["test_accuracy"] = result.pop("class_accuracy")
     elif model.kind == "generator":
@@ -51,7 +54,9 @@ def evaluate(run: Run, n: int = 1000, dataset: Dataset | None = None, seed: int 
     else:
         measure = evaluate_codec if dataset.kind == "sounds" else evaluate_tokenizer
         result = measure(run, dataset, expert.model, n)
-    result = rounded(result) | {name: run.record.get(name) for name in ("parameters", "minutes")}
+    facts = {"parameters": "parameters", "minutes": "minutes", "training_steps": "steps",
+             "gflops": "gflops"}  # name here -> in the record
+    result = rounded(result) | {name: run.record.get(there) for name, there in facts.items()}
     result |= {"machine": machine.describe(), "seed": seed}
     if expert:
         result["judge"] = files.content_hash(expert.folder / "model.safetensors")
@@ -84,7 +89,7 @@ def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int,
     """The cost of n samples, and with a judge their quality; they are written to RUN/samples."""
     model = run.model
     result = held_out_bits(run, dataset, n) if model.exact_likelihood else {}
-    n, start = min(n, model.samples_to_judge), time.perf_counter()
+    start = time.perf_counter()
     drawn = sample(run, n, seed=seed, **settings)
     machine.synchronize()
     seconds = time.perf_counter() - start
@@ -96,6 +101,10 @@ def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int,
             drawn["lengths"], [*map(len, dataset.test["waveforms"])]))
         result |= {"seconds": length, "seconds_real": real,
                    "seconds_per_second_of_sound": seconds / max(n * length, 1e-9)}
+        clips = map(lambda clip, length: clip[:length], drawn["waveforms"], drawn["lengths"])
+        for name, sounds in (("", clips), ("_real", dataset.test["waveforms"])):
+            voiced = [sound_metrics.periodicity(clip) > 0.3 for clip in sounds]
+            result[f"voiced_fraction{name}"] = np.mean(voiced).item()
     growth = sample(run, min(n, 30), seed=seed, frames=True, **settings)["frames"] \
         if model.output == "images" else ()
     write_samples(drawn, run, run.folder / "samples", list(growth))
@@ -128,7 +137,7 @@ def judge_samples(drawn: dict[str, np.ndarray], dataset: Dataset, expert: Judge)
 def held_out_bits(run: Run, dataset: Dataset, n: int) -> dict:
     """Bits per value of n test examples by the model, and by compressors without a network."""
     model, chosen, nats = run.model, first(n, dataset), 0.0
-    test = {name: tensor[chosen] for name, tensor in test_columns(run, dataset).items()}
+    test = {name: tensor[chosen] for name, tensor in test_columns(run.model, dataset).items()}
     for i in range(0, len(chosen), 50):
         batch = {name: unit(rows[i : i + 50]).to(machine.device()) for name, rows in test.items()}
         with machine.autocast():
@@ -226,15 +235,6 @@ def apply(function, examples: Tensor, batch_size: int = 500) -> Tensor:
 def unit(examples: Tensor) -> Tensor:
     """Images as uint8 -> float in [-1, 1]; anything else stays as it is."""
     return examples.float() / 127.5 - 1 if examples.dtype == torch.uint8 else examples
-
-
-def test_columns(run: Run, dataset: Dataset) -> dict[str, Tensor]:
-    """The test data; speakers without a training example become the null class."""
-    test = columns(run.model, dataset, "test")
-    if "speakers" in test:
-        known = torch.isin(test["speakers"], torch.from_numpy(dataset.train["speakers"]))
-        test["speakers"] = test["speakers"].where(known, dataset.classes("speakers"))
-    return test
 
 
 def every(n: int, total: int) -> list[int]:

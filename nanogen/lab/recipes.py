@@ -13,6 +13,7 @@ from pathlib import Path
 from nanogen import UserError
 from nanogen.data.datasets import Dataset, whole
 from nanogen.files import explained
+from nanogen.lab import machine
 from nanogen.lab.train import Training
 from nanogen.method import Requirement, find
 
@@ -32,6 +33,16 @@ def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dic
         raise UserError(f"{method} has no recipe {name!r} for {data}: "
                         f"choose from {', '.join(found)}.")
     return {"config": {}, "training": {}, "sampling": {}} | found[name]
+
+
+def minutes_here(recipe: dict) -> float | None:
+    """About how long a recipe trains on this machine: what it took where it was measured, times the
+    ratio of the speeds of the two machines in matrix products. None: not measured."""
+    expected = recipe.get("expected", {})
+    if not expected.get("gflops"):
+        return None
+    share = recipe["training"]["steps"] / expected["training_steps"]
+    return expected["minutes"] * share * expected["gflops"] / machine.speed(machine.precision())
 
 
 def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> dict:
@@ -59,9 +70,16 @@ def make_config(method: str, settings: dict, overrides: dict, facts: dict) -> tu
         (values if name in fields else training)[name] = value
     if overrides.get("minutes") and overrides.get("steps"):
         raise UserError("A budget is either minutes or steps: give one of them.")
-    if overrides.get("minutes"):
-        training["steps"] = 0
-    return typed(kind, values, method), typed(Training, training, "training")
+    if overrides.get("steps"):
+        training["minutes"] = 0.0
+    while True:
+        try:
+            return typed(kind, values, method), typed(Training, training, "training")
+        except UserError as error:
+            name = getattr(error.__cause__, "field", "")  # of an `Unused`
+            if name in overrides or name not in values:
+                raise
+            del values[name]  # only the recipe has set what has no effect with the overrides
 
 
 def typed(kind: type, values: dict, owner: str):

@@ -3,6 +3,7 @@
     si_sdr             is it the same waveform, up to its loudness? in dB: 6 more is half the error
     mel_distance       is it the same spectrum, whatever the phases? roughly what the ear compares
     stoi               can the speech be understood? 0 to 1, and above 0.8 most people follow
+    periodicity        is there a voice with a pitch, or noise? 0 to 1, recordings above 0.3
     real_time_factor   how many seconds of sound are processed in a second of computing
     mu_law             the baseline for codecs: fewer samples a second, of fewer bits each
 
@@ -75,6 +76,20 @@ def stoi(original: np.ndarray, decoded: np.ndarray, rate: int = SAMPLE_RATE) -> 
         p, q = (part / (_norm(part) + 1e-12) for part in (p, q))
         correlations.append((p * q).sum(-1).mean())
     return float(np.mean(correlations))
+
+
+def periodicity(waveform: np.ndarray) -> float:
+    """How much a sound (T,) at 8,000 Hz repeats itself at the pitch of a voice, 80 to 400 Hz: at
+    most 0.2 for noise, 0.34 to 0.83 for nine in ten recordings of FSDD, about 0.9 for a tone.
+    The highest peak of the autocorrelation at lags of 2.5 to 12.5 ms, relative to that at lag 0, in
+    frames of 64 ms. The median of those frames that are at most 10 dB softer than the loudest."""
+    x = np.pad(np.asarray(waveform, dtype=np.float64), (0, max(0, 512 - len(waveform))))
+    frames = np.lib.stride_tricks.sliding_window_view(x, 512)[::128]
+    frames = frames - frames.mean(1, keepdims=True)
+    energy = np.square(frames).sum(1)
+    spectra = np.fft.rfft(frames[energy >= energy.max() / 10], 1024)  # padded: no lag wraps around
+    correlation = np.fft.irfft(np.abs(spectra) ** 2)
+    return float(np.median(correlation[:, 20:101].max(1) / (correlation[:, 0] + 1e-12)))
 
 
 def real_time_factor(function: Callable, seconds: float, repeats: int = 3) -> float:

@@ -1,12 +1,12 @@
-"""The training loop, one for all methods: a budget in steps or minutes, and a run that can go on.
+"""The training loop, one for all methods: a budget in steps, and a run that can go on.
 
     for each step:  set the learning rate by the fraction of the budget that is used
                     loss = model.loss(batch);  backward;  clip;  step;  EMA of the weights
 
-All random numbers of step n come from (seed, n), the mirroring of images from n, and the order of
-the data from (seed, epoch). So no generator has to be saved: on a CPU, with a budget in steps, a
-run that was killed and resumed ends with exactly the same weights. `torchrun` runs the same code on
-several devices: each process takes its part of the same batch.
+All random numbers of step n come from (seed, n), and the order of the data from (seed, epoch). So
+no generator has to be saved: on a CPU, a run that was killed and resumed ends with exactly the same
+weights. `torchrun` runs the same code on several devices: each process takes its part of the same
+batch. A budget in minutes, for a shorter run, is a whole run too: the learning rate follows time.
 
 Different from most loops: the EMA covers a fixed *fraction* of the run instead of a fixed number of
 steps (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
@@ -14,10 +14,10 @@ section 3). An EMA over 10,000 steps would still contain the random start after 
 """
 
 import contextlib
+import dataclasses
 import functools
 import json
 import math
-import os
 import signal
 import threading
 import time
@@ -33,8 +33,9 @@ from tqdm import tqdm
 from nanogen import UserError
 from nanogen.files import explained, write_atomically, write_text
 from nanogen.lab import machine
+from nanogen.lab.machine import average_gradients, join_processes
 from nanogen.lab.optimizer import make_optimizers
-from nanogen.method import check, choose
+from nanogen.method import check_numbers, choose
 
 BAD_STATE = "{} is damaged or belongs to another network: delete it to start this run again."
 
@@ -43,43 +44,44 @@ BAD_STATE = "{} is damaged or belongs to another network: delete it to start thi
 class Training:
     """How to train: the same fields for every method; a recipe has the values."""
 
-    minutes: float = 10.0  # budget in minutes of training, compilation included
-    steps: int = 0  # budget in steps; 0: minutes decide
+    steps: int = 1000  # budget in steps, the same on every machine
+    minutes: float = 0.0  # budget in minutes instead, compilation included; 0: steps decide
     batch_size: int = 128  # examples per step, over all processes
     lr: float = 2e-3  # peak learning rate
     optimizer: str = "muon"  # "muon" (matrices; AdamW for the rest) or "adamw"
     weight_decay: float = 0.02  # decoupled, on matrices only
-    warmup: float = 0.02  # fraction of the budget in which the learning rate rises from 0
+    warmup: int = 30  # steps in which the learning rate rises from 0
     decay_start: float = 0.3  # fraction of the budget after which it falls linearly to 0
     clip: float = 1.0  # largest norm of the gradient
     ema: float = 0.03  # mean age of the averaged weights, as a fraction of the steps so far
-    compile: bool = True  # fuse small operations with torch.compile; needs a C++ compiler
+    compile: bool = False  # fuse small operations with torch.compile, which takes about a minute
+    precision: str = ""  # float32 or bfloat16, of matrix products; "": the faster one here
     flip: bool = True  # mirror each image with probability 1/2
     seed: int = 0  # of the weights, the order of the data and everything drawn
     save_every: float = 60.0  # seconds between two saved states
 
     def __post_init__(self):
-        choose(self, optimizer=("muon", "adamw"))
-        check(self, steps=(self.steps >= 0, "at least 0"), clip=(self.clip > 0, "more than 0"),
-              minutes=(self.steps > 0 or self.minutes > 0, "more than 0"),
-              batch_size=(self.batch_size > 0, "at least 1"), lr=(self.lr > 0, "more than 0"),
-              weight_decay=(self.weight_decay >= 0, "at least 0"),
-              warmup=(0 <= self.warmup < 1, "from 0 to below 1"),
-              decay_start=(0 <= self.decay_start < 1, "from 0 to below 1"),
-              ema=(0 <= self.ema < 1, "from 0 to below 1"))
+        choose(self, optimizer=("muon", "adamw"), precision=("", "float32", "bfloat16"))
+        check_numbers(self, lr=(self.lr > 0, "more than 0"), clip=(self.clip > 0, "more than 0"),
+                      seed=(0 <= self.seed < 2**63, "from 0 to 2^63 - 1"),
+                      warmup=(self.warmup >= 0, "at least 0"),
+                      decay_start=(0 <= self.decay_start < 1, "from 0 to below 1"),
+                      ema=(0 <= self.ema < 1, "from 0 to below 1"))
 
 
 def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: Path | None = None,
-          resume: bool = False, quiet: bool = False) -> list[dict]:
+          resume: bool = False, quiet: bool = False,
+          held_out: dict[str, Tensor] | None = None) -> list[dict]:
     """Train `model` in place and leave the EMA weights in it.
     data: name -> tensor, all of one length; uint8 "images" (N, 3, H, W) reach the model as float in
-    [-1, 1]. Returns the log, one dict per percent of the budget. With a folder, also writes
-    `log.jsonl` and `state.pt` there, about once a minute and at the end or on Ctrl-C; with
-    `resume`, goes on from them. Raises UserError when the loss is not finite."""
+    [-1, 1]. held_out: the same of examples that are not trained on; their loss is logged 20 times.
+    Returns the log, one dict per percent of the budget. With a folder, also writes `log.jsonl` and
+    `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on from
+    them. Raises UserError when the loss is not finite."""
     count = len(next(iter(data.values())))
     check_batch(options, count)
     rank, world = join_processes()
-    device, dtype = machine.device(), machine.precision()
+    device, dtype = machine.device(), machine.precision(options.precision)
     data = {name: tensor.to(device) for name, tensor in data.items()}
     torch.manual_seed(options.seed)
     model.to(device, memory_format=torch.channels_last).train()  # fastest order for convolutions
@@ -88,29 +90,23 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     state = load_state(folder, model, ema, optimizers) if resume else None
     step, seconds, log = state or (0, 0.0, [])
     loss_fn = compiled(model.loss) if options.compile else model.loss
-    budget = options.steps or options.minutes * 60
-    bar = tqdm(total=100, disable=quiet or rank > 0, mininterval=2,
-               bar_format="{percentage:3.0f}%|{bar:30}| {postfix}")
-    sums, summed, since = defaultdict(float), 0, time.monotonic()
     start, saved = time.monotonic() - seconds, time.monotonic()
-    logged = int(100 * (step if options.steps else seconds) / budget) if log else -1  # percent
+    progress = Progress(options, log, quiet or rank > 0, step, start)
 
     def used() -> float:  # the fraction of the budget, by the clock of the first process
-        done = torch.tensor(float(step if options.steps else time.monotonic() - start))
+        done = torch.tensor(progress.fraction(step), dtype=torch.float64)
         if world > 1:
-            dist.broadcast(done := done.to(device), 0)
-        return done.item() / budget
+            dist.broadcast(done := done.float().to(device), 0)
+        return done.item()
 
     with ctrl_c() as interrupted:
         while (fraction := used()) < 1:
-            rise = fraction / options.warmup if fraction < options.warmup else 1.0
+            rise = (step + 1) / options.warmup if step < options.warmup else 1.0
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
-            lr = options.lr * min(rise, fall)
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-                group["lr"] = lr
+                group["lr"] = options.lr * min(rise, fall, 1.0)
             batch = draw_batch(data, step, options, rank, world)
-            # Everything random in this step comes from this seed.
-            torch.manual_seed(1_000_003 * options.seed + 1009 * step + rank)
+            torch.manual_seed(machine.seed_of(options.seed, step, rank))  # of all that is random
             with machine.autocast(dtype):
                 loss, metrics = loss_fn(batch)
             loss.backward()
@@ -119,37 +115,95 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             for optimizer in optimizers:
                 optimizer.step()
                 optimizer.zero_grad()
-            step, summed = step + 1, summed + 1
+            step += 1
             update_ema(ema, model, step, options.ema)
-            for name, value in {"loss": loss, "gradient_norm": norm, **metrics}.items():
-                sums[name] += value.detach() if isinstance(value, Tensor) else value
-            now = time.monotonic()
-            percent = int(100 * (step if options.steps else now - start) / budget)
-            if percent > logged or interrupted:
-                logged = percent
-                check_finite(loss, norm, step, options, folder)
-                speed = summed * min(options.batch_size, count) / (now - since)
-                log.append({"step": step, "percent": percent, "lr": lr,
-                            "minutes": round((now - start) / 60, 3),
-                            "examples_per_second": round(speed, 1)}
-                           | {name: round(float(v) / summed, 5) for name, v in sums.items()})
-                sums, summed, since = defaultdict(float), 0, now
-                left = (now - start) * (1 / max(fraction, 1e-6) - 1)
-                bar.n = percent
-                bar.set_postfix_str(f"loss {log[-1]['loss']:.4g}, {speed:.0f}/s, "
-                                    f"{left // 60:.0f} min {left % 60:.0f} s left")
-            if folder and rank == 0 and (now - saved > options.save_every or interrupted):
+            progress.add({"loss": loss, "gradient_norm": norm, **metrics})
+            due = folder and rank == 0 and time.monotonic() - saved > options.save_every
+            percent = int(100 * progress.fraction(step) + 1e-9)  # 100 x 29 / 100 is 28.99...
+            if percent > progress.percent or due or interrupted:
                 check_finite(loss, norm, step, options, folder)  # keep the last good state
-                save_state(folder, model, ema, optimizers, step, now - start, log)
+            if percent > progress.percent or interrupted:
+                extra = {}
+                if held_out and percent // 5 > progress.percent // 5:
+                    extra = {"held_out_loss": held_out_loss(model, held_out, options, dtype)}
+                progress.write(step, percent, optimizers[0].param_groups[0]["lr"], count, extra)
+            if due or (interrupted and folder and rank == 0):
+                save_state(folder, model, ema, optimizers, step, time.monotonic() - start, log)
                 saved = time.monotonic()
             if interrupted:
                 raise KeyboardInterrupt
-    bar.close()
+    progress.bar.close()
+    if progress.sums:  # steps that no line of the log has
+        check_finite(loss, norm, step, options, folder)
     if folder and rank == 0:
         save_state(folder, model, ema, optimizers, step, time.monotonic() - start, log)
     model.load_state_dict(ema)
     model.eval()
     return log
+
+
+class Progress:
+    """The log, one line for each percent of the budget, and the bar that says how long it takes."""
+
+    def __init__(self, options: Training, log: list[dict], quiet: bool, step: int, start: float):
+        self.options, self.log, self.start, self.step = options, log, start, step
+        self.percent = int(100 * self.fraction(step) + 1e-9) if log else -1  # of this budget
+        self.sums, self.since = defaultdict(float), time.monotonic()
+        self.first = None  # step and time from which the speed is measured
+        self.bar = tqdm(total=100, disable=quiet, mininterval=2, initial=max(self.percent, 0),
+                        bar_format="{percentage:3.0f}%|{bar:30}| {postfix}")
+
+    def fraction(self, step: int) -> float:
+        """How much of the budget is used after this step."""
+        if self.options.minutes:
+            return (time.monotonic() - self.start) / (60 * self.options.minutes)
+        return step / self.options.steps
+
+    def add(self, metrics: dict) -> None:
+        """Sum up what the steps since the last line gave."""
+        for name, value in metrics.items():
+            self.sums[name] += value.detach() if isinstance(value, Tensor) else value
+
+    def write(self, step: int, percent: int, lr: float, count: int, extra: dict) -> None:
+        """A line of the log with the means since the last line, and the bar."""
+        now, steps = time.monotonic(), step - self.step
+        speed = steps * min(self.options.batch_size, count) / (now - self.since)
+        means = {name: round(float(value) / steps, 5) for name, value in self.sums.items()}
+        self.log.append({"step": step, "percent": percent, "lr": lr,
+                         "minutes": round((now - self.start) / 60, 3),
+                         "examples_per_second": round(speed, 1)} | means | extra)
+        self.bar.n = percent
+        self.bar.set_postfix_str(f"loss {means['loss']:.4g}, {speed:.0f}/s{self.left(step, now)}")
+        self.first = self.first or (step, now)  # the first line has compilation in it
+        self.sums, self.since = defaultdict(float), time.monotonic()
+        self.step, self.percent = step, percent
+
+    def left(self, step: int, now: float) -> str:
+        """", 3 min 20 s left", once the speed is known."""
+        if self.options.minutes:
+            seconds = 60 * self.options.minutes - (now - self.start)
+        elif self.first and step > self.first[0]:
+            before, then = self.first
+            seconds = (self.options.steps - step) * (now - then) / (step - before)
+        else:
+            return ""
+        return f", {max(seconds, 0) // 60:.0f} min {max(seconds, 0) % 60:.0f} s left"
+
+
+@torch.no_grad()
+def held_out_loss(model: nn.Module, held_out: dict[str, Tensor], options: Training,
+                  dtype: torch.dtype) -> float:
+    """The mean loss of examples that are not trained on, with the same random numbers each time."""
+    model.eval()
+    count, losses = len(next(iter(held_out.values()))), []
+    size = min(options.batch_size, count)
+    for step in range(count // size):  # an incomplete batch is left out
+        batch = draw_batch(held_out, step, dataclasses.replace(options, flip=False, seed=0))
+        torch.manual_seed(step)
+        with machine.autocast(dtype):
+            losses.append(model.loss(batch)[0].item())
+    model.train()
+    return round(sum(losses) / len(losses), 5)
 
 
 def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int = 0,
@@ -160,14 +214,15 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     count = len(next(iter(data.values())))
     size = min(options.batch_size, count)
     epoch, position = divmod(step, count // size)
-    order = shuffled(count, options.seed + 7919 * epoch)
+    order = shuffled(count, machine.seed_of(options.seed, epoch))
     index = order[position * size : (position + 1) * size][rank::world]
     index = index.to(next(iter(data.values())).device)
     batch = {name: tensor[index].to(machine.device()) for name, tensor in data.items()}
     if "images" in batch:
         images = batch["images"].float() / 127.5 - 1
         if options.flip:
-            coin = torch.rand(size, generator=torch.Generator().manual_seed(step))[rank::world]
+            seed = machine.seed_of(options.seed, step)
+            coin = torch.rand(size, generator=torch.Generator().manual_seed(seed))[rank::world]
             mirrored = (coin < 0.5).to(images.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         batch["images"] = images
@@ -218,29 +273,6 @@ def compiled(loss_fn):
     return loss
 
 
-def join_processes() -> tuple[int, int]:
-    """(rank, number of processes); joins the others when started by torchrun."""
-    if "WORLD_SIZE" not in os.environ:
-        return 0, 1
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if machine.device().type == "cuda" else "gloo")
-        if machine.device().type == "cuda":
-            torch.cuda.set_device(machine.device())
-    return dist.get_rank(), dist.get_world_size()
-
-
-def average_gradients(model: nn.Module, world: int) -> None:
-    """What DistributedDataParallel does, for any loss function: one all-reduce of all gradients."""
-    if world == 1:
-        return
-    gradients = [p.grad for p in model.parameters() if p.grad is not None]
-    flat = torch.cat([g.flatten() for g in gradients])
-    dist.all_reduce(flat)
-    means = (flat / world).split([g.numel() for g in gradients])
-    for gradient, mean in zip(gradients, means, strict=True):
-        gradient.copy_(mean.view_as(gradient))
-
-
 def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folder: Path | None):
     """UserError with what to try, if the loss or the gradient is NaN or infinite."""
     loss, norm = float(loss.detach()), float(norm)
@@ -248,7 +280,7 @@ def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folde
         kept = folder and (folder / "state.pt").exists()
         raise UserError(
             f"The loss became {loss} (gradient {norm:.3g}) at step {step} or shortly before: try "
-            f"--lr {options.lr / 3:.1g}, a third, or --warmup 0.1"
+            f"--lr {options.lr / 3:.1g}, a third, or --warmup {max(100, 3 * options.warmup)}"
             + (f"; {folder} keeps the last good state." if kept else "."))
 
 
@@ -288,8 +320,9 @@ def load_state(folder: Path, model, ema, optimizers) -> tuple[int, float, list[d
         model.load_state_dict(state["model"])
         ema.update(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        lines = (folder / "log.jsonl").read_text().splitlines()
+            settings = optimizer.state_dict()["param_groups"]  # weight_decay may have changed
+            optimizer.load_state_dict(saved | {"param_groups": settings})
+        lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
         log = [line for line in map(json.loads, lines) if line["step"] <= state["step"]]
     return state["step"], state["seconds"], log
 
