@@ -10,6 +10,7 @@
     nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
     nanogen compare --minutes 5              all image methods at one budget -> a table and a page
     nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, metrics
+    nanogen figures runs/maskgit-cifar10     pictures of runs side by side, and a map of the methods
 
 `python -m nanogen` is the same. COMMAND --help shows the options of a command.
 """
@@ -51,6 +52,8 @@ def main(arguments: list[str] | None = None) -> int:
     for arguments that do not exist; 130 after Ctrl-C."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     name = arguments[0] if arguments and arguments[0] in COMMANDS else "tour"
+    if hasattr(sys.stdout, "reconfigure"):  # names of folders that a terminal cannot show
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         parser, command = build_parser(name)
         if device := peek(arguments, "device")[0].device:
@@ -126,7 +129,7 @@ def train_options(command: Parser, arguments: list[str]) -> list[str]:
 
 def run_options(command: Parser, arguments: list[str]) -> list[str]:
     """Find the run, wherever its folder stands; its conditions and sampler settings are options."""
-    _, rest = peek(arguments[1:], "n", "seed", "out", "device")
+    _, rest = peek(arguments[1:], "n", "seed", "out", "device", "data")
     folder = next((part for part in rest if (Path(part) / "config.json").is_file()), None)
     folder = folder or next((part for part in rest if not part.startswith("-")), None)
     if folder is None:
@@ -192,12 +195,15 @@ def sample_command(options) -> None:
     settings = {name: said[name] for name in options.settings if name in said}
     out = Path(options.out or run.folder / "samples")
     lab("sample").sample(run, options.n, conditions, options.seed, out=out, **settings)
-    print(f"{options.n} {run.model.output}: {out}")
+    files = len(list(out.glob("*.wav")))
+    kept = f" ({files} of them as .wav)" if 0 < files < options.n else ""
+    print(f"{options.n} {run.model.output}: {out}{kept}")
 
 
 def evaluate_command(options) -> None:
     settings = {name: vars(options)[name] for name in options.settings if name in vars(options)}
-    metrics = lab("evaluate").evaluate(options.run, options.n, seed=options.seed, **settings)
+    dataset = options.run.dataset(options.data)
+    metrics = lab("evaluate").evaluate(options.run, options.n, dataset, options.seed, **settings)
     for name, value in lab("report").flat(metrics).items():
         print(f"{name:40} {lab('evaluate').show(value)}")
 
@@ -215,14 +221,18 @@ def decode_command(options) -> None:
 
 
 def compare_command(options) -> None:
-    from nanogen.data.datasets import resolved
+    from nanogen.data.datasets import name_of
 
-    out = Path(options.out or f"runs/compare-{Path(resolved(options.data)).name}")
+    out = Path(options.out or f"runs/compare-{name_of(options.data)}")
     lab("tour").compare(options.data, options.minutes, out, options.n, options.seeds)
 
 
 def report_command(options) -> None:
     print(lab("report").write([Path(run) for run in options.runs], Path(options.out)))
+
+
+def figures_command(options) -> None:
+    print(*lab("figures").write([Path(run) for run in options.runs], Path(options.out)), sep="\n")
 
 
 DATA = "cifar10, scenes, fsdd, voices or a folder of your own images or sounds"
@@ -250,7 +260,8 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
                ("run", "the run that encoded", {}), ("file", "what encode wrote", {}),
                ("--out", "a .png, or a .wav, .flac or .ogg", dict(required=True))),
     "evaluate": (evaluate_command, "metrics on held-out data: evaluate RUN",
-                 ("--n", "samples or test examples (1000)", dict(type=int, default=1000)),
+                 ("--n", "samples or test examples (1000; 200 to 300 where slow)", dict(type=int)),
+                 ("--data", "where its folder of files is now, if it was moved", {}),
                  ("--seed", "of everything drawn (1)", dict(type=int, default=1))),
     "compare": (compare_command, "all image methods at one budget: a table and a page",
                 ("--data", "cifar10, scenes or a folder of images", dict(default="cifar10")),
@@ -261,6 +272,9 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
     "report": (report_command, "one HTML page about runs",
                ("runs", "folders of runs", dict(nargs="+")),
                ("--out", "the page (report.html)", dict(default="report.html"))),
+    "figures": (figures_command, "pictures: runs on one data set side by side; a map of methods",
+                ("runs", "folders of runs", dict(nargs="*")),
+                ("--out", "folder of the pictures (figures)", dict(default="figures"))),
 }
 DYNAMIC = {"train": train_options, "sample": run_options, "evaluate": run_options}
 

@@ -9,8 +9,8 @@ import pytest
 from nanogen import UserError
 from nanogen.__main__ import main
 from nanogen.data.datasets import load
-from nanogen.lab import recipes, report, runs, tour
-from nanogen.lab.recipes import find_recipe
+from nanogen.lab import machine, recipes, report, runs, tour
+from nanogen.lab.recipes import find_recipe, minutes_here
 
 SMALL = {  # fields of Configs
     "judge": dict(widths=(16, 16, 16)),
@@ -135,7 +135,7 @@ def test_the_tour_trains_what_it_tells_of_and_goes_on_where_it_was(
     story = {"tokenizer": "An image as tokens.", "var": "Scale by scale.", "audio_lm": "A voice."}
     monkeypatch.setattr(tour, "STORY", story)
     page = tour.tour(tmp_path, images=100, clips=50).read_text()
-    assert all(f"{method}: {text}" in page for method, text in story.items())
+    assert all(text in page for text in story.values())
     assert page.count("<article") == 3 and "data:audio/wav" in page and "data:image/gif" in page
     names = ["audio_lm-voices", "codec-voices", "judge-scenes", "judge-voices", "perceptual-scenes",
              "tokenizer-multiscale-scenes", "tokenizer-scenes", "var-scenes"]
@@ -149,10 +149,17 @@ def test_the_list_has_every_method_and_its_recipes(monkeypatch):
     monkeypatch.setattr(tour, "find_recipe", find_recipe)  # not the small ones
     text = tour.list_methods()
     assert all(name in text for name in (*NAMES[:4], "audio_lm", "tokenizer (multiscale)", "codec"))
-    assert "perceptual" in text and "tour" not in text
-    rows = tour.recipe_rows("sounds")
+    assert "perceptual" in text and "tour" not in text and "minutes here" in text
+    rows = tour.recipe_rows("sounds", here=False)
     assert {row["data"] for row in rows} == {"fsdd", "voices"}
     assert tour.recipe_tables()[1].count("\n") == len(rows) + 1
+
+
+def test_the_time_of_a_recipe_goes_with_the_speed_of_the_machine(monkeypatch):
+    measured = {"minutes": 2, "training_steps": 100, "gflops": 50}
+    recipe = {"training": {"steps": 300}, "expected": measured}
+    monkeypatch.setattr(machine, "speed", lambda dtype: 25.0)
+    assert minutes_here(recipe) == 12 and minutes_here({"training": {"steps": 1}}) is None
 
 
 def test_a_page_is_written_where_the_locale_knows_only_ascii(tmp_path):

@@ -1,4 +1,5 @@
-"""The report is one file that needs no other, also for runs with missing parts; grids and GIFs."""
+"""The report is one file that needs no other, also for runs with missing parts; grids, GIFs and
+figures."""
 
 import base64
 import io
@@ -15,7 +16,9 @@ import torch
 from PIL import Image
 
 from nanogen import UserError
-from nanogen.lab import plots, report
+from nanogen.__main__ import main
+from nanogen.lab import figures, plots, report
+from nanogen.lab.runs import load_run
 
 RANDOM = np.random.default_rng(0)
 CONFIG = {
@@ -70,6 +73,49 @@ def page_of(*runs, **options) -> str:
 # ---- the page
 
 
+def opening(page: str) -> str:
+    """The part of a page above its tables."""
+    return page.split("<h2>What they drew</h2>")[1].split("<h2>All runs</h2>")[0]
+
+
+def test_the_page_opens_with_one_sample_of_each_label_and_a_sentence(tmp_path):
+    runs = [make_run(tmp_path / name) for name in "ab"]
+    image = some_images(1)
+    save_conditions(runs[1], images=image, labels=[1])  # nothing was drawn for the first label
+    shown = opening(page_of(*runs, stories={"a": "A & b."}, intro="Trained on a laptop."))
+    assert re.findall("<span.*?>(.*?)<", shown) == ["lemon"] * 5 + ["melon &amp; co"] * 5  # once
+    assert "<p>A &amp; b.</p>" in shown and "<p>MaskGIT: all tokens at once, the surest" in shown
+    assert re.findall('grid-column: (.*?)"', shown) == [*"123678", "6"]
+    assert f'grid-column: 6" class="pixels" src="{report.image_uri(image[0])}"' in shown
+    assert shown.rindex("Trained on a laptop.") > shown.rindex("<img")
+
+
+def test_a_tokenizer_opens_with_originals_above_reconstructions(tmp_path):
+    run = make_run(tmp_path / "run", CONFIG | {"method": "tokenizer", "config": {"size": 8}})
+    (run / "samples/samples.npz").unlink()
+    images = some_images(12)
+    plots.grid(images, columns=3).save(run / "samples/grid.png")
+    shown = opening(page_of(run))
+    assert [shown.count(f'alt="{text}"') for text in ("original", "reconstruction")] == [3, 3]
+    assert all((report.image_uri(image) in shown) == (i < 6) for i, image in enumerate(images))
+
+
+def test_a_codec_opens_with_each_original_beside_its_copy_of_the_highest_bit_rate(tmp_path):
+    run = make_run(tmp_path / "run", CONFIG | {"method": "codec"})
+    for path in [*run.glob("samples/0*.wav"), run / "samples/samples.npz"]:
+        path.unlink()
+    for number in range(5):
+        for name in ("original", "codec_0.5_kbps", "codec_4_kbps", "mu-law_4_kbps"):
+            clip = 0.1 * RANDOM.standard_normal(900)
+            soundfile.write(run / f"samples/{number:03}_{name}.wav", clip, 8000)
+    shown = page_of(run).split("<h2>What they said</h2>")[1].split("<h2>All runs</h2>")[0]
+    captions = re.findall("<figcaption>(.*?)</figcaption>", shown)
+    assert captions == ["original", "codec 4 kbps"] * 3
+    played = [base64.b64encode(path.read_bytes()).decode() in shown
+              for path in sorted(run.glob("samples/*_original.wav"))]
+    assert played == [True, False, True, False, True]
+
+
 def test_groups_of_metrics_that_begin_alike_share_a_table_and_the_rest_stay_out_of_it(tmp_path):
     rate = {"stoi": 0.8642, "mel": 0.61}
     metrics = METRICS | {"at 1": rate | {"lpc": {"stoi": 0.7531}}, "at 2": {"stoi": 0.9753},
@@ -85,7 +131,7 @@ def test_groups_of_metrics_that_begin_alike_share_a_table_and_the_rest_stay_out_
 def test_the_page_needs_nothing_but_itself(tmp_path):
     page = page_of(make_run(tmp_path / "a"), make_run(tmp_path / "b"))
     links = re.findall(r"""(?:src|href|url)\s*[=(]\s*["']?([^"'>)\s]+)""", page)
-    assert len(links) == 2 + 2 * (3 + 2)  # anchors; curve, grid, animation and two sounds each
+    assert len(links) == 2 * (2 + 6 + 3 + 2)  # anchors, strip; curve, grid, animation, two sounds
     assert all(link.startswith(("data:", "#")) for link in links)
     assert not re.search(r"https?://|<script|<link|@import", page)
     for anchor in (link[1:] for link in links if link.startswith("#")):
@@ -99,7 +145,7 @@ def test_the_page_holds_the_metrics_and_the_images_of_the_run(tmp_path):
     page = page_of(run, title="A <title>", intro="One.\n\nTwo & three.", tables={"More": rows})
     for text in ("106.2", "floor 1.414 · ceiling 235.1", "0.3125", "0.4321", "0.0217", "4,312,345",
                  "300", "maskgit on cifar10", "two cores &lt;of a laptop&gt;",
-                 "A &lt;title&gt;", "<p>Two &amp; three.</p>"):
+                 "A &lt;title&gt;", ">Two &amp; three.</p>"):
         assert text in page
     assert "<h2>More</h2>" in page and "<td>2.5</td><td>–</td>" in page
     assert f'<td>&lt;b&gt;</td><td>–</td><td><img alt="" src="{image}"></td>' in page
@@ -229,16 +275,59 @@ def test_an_animation_of_nothing_or_of_several_shapes_is_refused(tmp_path):
             plots.save_gif(frames, tmp_path / "a.gif", columns=2)
 
 
-def test_the_loss_plot_is_on_white_and_shows_chance_and_the_finite_losses():
+def test_the_loss_plot_is_on_white_and_shows_held_out_data_and_chance_by_step():
     losses = [3.0, 2.0, float("nan"), 1.0]
-    log = [{"step": i, "minutes": i / 2, "loss": loss} for i, loss in enumerate(losses)]
-    figure = plots.loss_plot(log + [{"step": 4, "minutes": 2.0}], chance=3.5)
-    curve, dashed = figure.axes[0].lines
-    assert list(curve.get_xdata()) == [0, 0.5, 1.5] and list(curve.get_ydata()) == [3, 2, 1]
-    assert set(dashed.get_ydata()) == {3.5} and figure.axes[0].get_ylim()[1] > 3.5
+    log = [{"step": 5 * i, "minutes": i / 2, "loss": loss} for i, loss in enumerate(losses)]
+    log[3]["held_out_loss"] = 1.5
+    figure = plots.loss_plot(log + [{"step": 20, "minutes": 2.0}], chance=3.5)
+    curve, held_out, chance = figure.axes[0].lines
+    assert list(curve.get_xdata()) == [0, 5, 15] and list(curve.get_ydata()) == [3, 2, 1]
+    assert list(held_out.get_xdata()) == [15] and list(held_out.get_ydata()) == [1.5]
+    assert set(chance.get_ydata()) == {3.5} and figure.axes[0].get_ylim()[1] > 3.5
+    names = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert names == ["training", "held out", "chance 3.5"]
     with Image.open(io.BytesIO(plots.png(figure))) as image:
         assert image.format == "PNG" and image.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
     assert len(plots.loss_plot([]).axes[0].lines[0].get_xdata()) == 0
+
+
+# ---- figures
+
+
+def test_figures_show_the_runs_below_real_examples_each_pixel_enlarged(copied, tmp_path, capsys):
+    flow, tokenizer = copied("flow"), copied("tokenizer")
+    command = ["figures", str(flow), str(tokenizer), "--out", str(tmp_path / "pictures")]
+    assert main(command) == 1 and "has no samples" in capsys.readouterr().err
+    run = load_run(flow)
+    drawn = run.sample(2, label="plum", out=flow / "samples")[0]
+    assert main(command) == 0
+    with Image.open(tmp_path / "pictures/map.png") as image:
+        assert image.width == 1100
+    with Image.open(tmp_path / "pictures/methods.png") as image:
+        sheet = np.asarray(image.convert("RGB"))
+    assert sheet.shape == (34 + 4 + 3 * 100, 190 + 4 + 10 * 100, 3)
+    tiles = [[sheet[38 + 100 * row :, 194 + 100 * column :][:96:3, :96:3] for column in range(10)]
+             for row in range(3)]
+    test = run.dataset().test
+    assert (tiles[0][5] == test["images"][test["labels"] == 1][0]).all()
+    assert tiles[1][0].std() > 0  # a reconstruction
+    assert (tiles[2][5] == drawn).all() and (tiles[2][0] == 255).all()  # no apple was drawn
+    assert (tmp_path / "pictures/map.png").stat().st_size < 300_000
+
+
+def test_a_picture_for_the_readme_stays_small_whatever_it_shows():
+    figure = plots.named_grid(list(some_images(100, 32)), ["row"] * 10, ["column"] * 10)
+    assert len(plots.png(figure)) > 300_000 > len(plots.small_png(figure))
+
+
+def test_figures_refuse_runs_on_several_data_sets(copied, tmp_path):
+    flow, other = copied("flow"), tmp_path / "other"
+    shutil.copytree(flow, other)
+    record = json.loads((other / "config.json").read_text())
+    record["data"] |= {"name": "pears", "fingerprint": "0"}
+    (other / "config.json").write_text(json.dumps(record))
+    with pytest.raises(UserError, match="other was trained on pears, .*flow-fruit on fruit: give"):
+        figures.write([flow, other], tmp_path)
 
 
 def test_importing_plots_leaves_the_plotting_backend_to_the_notebook():

@@ -109,7 +109,7 @@ def loss_curve(run: runs.Run, chance: float) -> None:
     expected = recipes.find_recipe(run.method, data["origin"], data["kind"]).get("expected", {})
     if "curve" in expected and run.folder.name == f"{run.method}-{data['name']}":  # no variant
         percent, loss = np.array(expected["curve"]).T
-        figure.axes[0].plot(percent / 100 * log[-1]["minutes"], loss, color="#d07020", linewidth=4,
+        figure.axes[0].plot(percent / 100 * log[-1]["step"], loss, color="#d07020", linewidth=4,
                             alpha=0.35, label="to expect")
         figure.axes[0].legend(frameon=False, loc="center right")
     show_images(figure)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from matplotlib import colormaps
 from matplotlib.figure import Figure
 from PIL import Image
 from torch import Tensor
@@ -43,6 +44,26 @@ def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Imag
     return Image.fromarray(sheet)
 
 
+def named_grid(images: list[np.ndarray | None], rows: list[str], columns: list[str],
+               side: int = 96) -> Figure:
+    """Images uint8 (H, W, 3), row by row, of any size, with the names of rows and columns. Each is
+    shown with `side` x `side` pixels, enlarged without smoothing; None stays white."""
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    tiles = [Image.fromarray(blank if image is None else image).resize(
+        (side, side), Image.Resampling.NEAREST) for image in images]
+    sheet = np.asarray(grid(np.stack(tiles), len(columns), scale=1, pad=4))
+    height, width, left, top = *sheet.shape[:2], 190, 34
+    figure = Figure(((left + width) / 100, (top + height) / 100), dpi=100)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width),
+                            height / (top + height)))
+    axes.imshow(sheet, interpolation="nearest", aspect="auto")
+    for ticks, names in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
+        ticks((side + 4) * np.arange(len(names)) + side / 2 + 4, names)
+    axes.tick_params(length=0, labelsize=12, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
 def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
              milliseconds: int = 120, last: int = 2000) -> Path:
     """An endless animation of grids. frames: a uint8 (N, H, W, 3) for each moment, shown for
@@ -61,32 +82,43 @@ def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
 
 
 def loss_plot(log: list[dict], chance: float | None = None, title: str = "") -> Figure:
-    """The loss over the minutes of training. log: lines of log.jsonl; those without a finite loss
-    are left out. chance: the loss of a model that has learned nothing."""
-    lines = [line for line in log if math.isfinite(line.get("loss", math.nan))]
-    losses = [line["loss"] for line in lines]
+    """The loss over the steps of training, and that of held-out data where it is known. log: lines
+    of log.jsonl; losses that are not finite are left out. chance: the loss of a model that has
+    learned nothing."""
     figure = Figure(figsize=(6.4, 3.2), dpi=110, layout="constrained")
     axes = figure.add_subplot(facecolor="white")
-    axes.plot([line.get("minutes", i) for i, line in enumerate(lines)], losses, color="#2563a8")
+    for name, label, style in (("loss", "training", dict(color="#2563a8")),
+                               ("held_out_loss", "held out", dict(color="#c2571a", ls="--"))):
+        shown = [line for line in log if math.isfinite(line.get(name, math.nan))]
+        if shown or name == "loss":
+            axes.plot([line["step"] for line in shown], [line[name] for line in shown],
+                      label=label, **style)
     if chance is not None:
-        axes.axhline(chance, color="#777777", linestyle="--", label=f"chance {chance:.4g}")
+        axes.axhline(chance, color="#777777", linestyle=":", label=f"chance {chance:.4g}")
+    if len(axes.lines) > 1:
         axes.legend(frameon=False, loc="center right")
-    axes.set(title=title, xlabel="minutes of training", ylabel="loss")
+    axes.set(title=title, xlabel="steps of training", ylabel="loss")
     axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.spines[["top", "right"]].set_visible(False)
     return figure
 
 
+def spectrogram(clip: np.ndarray, samples: int) -> np.ndarray:
+    """Loudness of a sound (T,) at 8 kHz by mel band (upwards) and time, as an image: uint8 (64,
+    samples // 64 + 1, 3). The sound is cut, or padded with silence, to this number of samples."""
+    padded = np.pad(clip[:samples], (0, max(samples - len(clip), 0))).astype(np.float32)
+    mel = log_mel(torch.from_numpy(padded)[None])[0].numpy()
+    return colormaps["magma"]((mel[::-1] + 10) / 8, bytes=True)[..., :3]
+
+
 def spectrograms(clips: list[np.ndarray], titles: list[str], columns: int) -> Figure:
-    """Loudness of sounds (T,) at 8 kHz by mel band (upwards) and time, on one scale for all."""
+    """Spectrograms of sounds (T,) at 8 kHz with titles, on one scale for all."""
     columns = min(columns, len(clips))
     rows, longest = -(-len(clips) // columns), max(256, *map(len, clips))
     figure = Figure((1.3 * columns + 0.2, 1.25 * rows + 0.1), dpi=110, layout="constrained")
     for index, (clip, title) in enumerate(zip(clips, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, index + 1)
-        padded = torch.tensor(np.pad(clip, (0, longest - len(clip))))[None]
-        mel = log_mel(padded)[0].numpy()
-        axes.imshow(mel, "magma", origin="lower", aspect="auto", vmin=-10, vmax=-2)
+        axes.imshow(spectrogram(clip, longest), aspect="auto")
         axes.set_title(title, fontsize=7)
         axes.set_axis_off()
     return figure
@@ -100,3 +132,12 @@ def png(image: Figure | Image.Image) -> bytes:
     else:
         image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
+
+
+def small_png(figure: Figure, most: int = 300_000) -> bytes:
+    """The same, with 256 colours if it would otherwise be larger than `most` bytes."""
+    content = png(figure)
+    if len(content) > most:
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        content = png(image.quantize(256, kmeans=1, dither=Image.Dither.NONE))
+    return content

@@ -2,34 +2,40 @@
 
     python -m nanogen report runs/maskgit-cifar10 runs/flow-cifar10
 
-A table over all runs comes first, then a card for each, with all that lies in its samples/. What is
-missing or damaged is said in a sentence. report.html is the template.
+First comes what each run drew, then a table over all runs, then a card for each, with all that lies
+in its samples/. What is missing or damaged is said in a sentence. report.html is the template.
 """
 
 import base64
 import json
 from pathlib import Path
 
+import numpy as np
 import soundfile
 from jinja2 import ChainableUndefined, Environment, FileSystemLoader
 from PIL import Image
 
 from nanogen import UserError, __version__, files
 from nanogen.lab import plots
+from nanogen.method import METHODS, find
 
 
 def write(runs: list[Path], out: Path, title: str = "nanogen report", intro: str = "",
-          tables: dict[str, list[dict]] | None = None) -> Path:
+          tables: dict[str, list[dict]] | None = None,
+          stories: dict[str, str] | None = None) -> Path:
     """Write one page about these run folders to the file `out`, and return its path.
-    intro: plain text, with an empty line between paragraphs. tables: heading -> rows (dicts column
-    -> value), shown after the table over all runs; a value that is a data_uri is shown as an image.
+    intro: plain text below what was drawn, with an empty line between paragraphs. tables: heading
+    -> rows (dicts column -> value), shown after the table over all runs; a value that is a data_uri
+    is shown as an image. stories: name of a run's folder -> a sentence beside what it drew.
     UserError for a folder that is not a run, and where `out` cannot be written."""
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"value": value_text, "flat": flat, "groups": groups}
+    found = [read_run(Path(folder)) for folder in runs]
+    for run in found:
+        run["story"] = (stories or {}).get(run["folder"].name, run["story"])
     page = jinja.get_template("report.html").render(
-        runs=[read_run(Path(folder)) for folder in runs], title=title, intro=intro,
-        tables=tables or {}, version=__version__)
+        runs=found, title=title, intro=intro, tables=tables or {}, version=__version__)
     files.write_text(Path(out), page)
     return Path(out)
 
@@ -42,9 +48,60 @@ def read_run(folder: Path) -> dict:
     config, metrics, log = (read_json(folder / name, remarks)
                             for name in ("config.json", "metrics.json", "log.jsonl"))
     curve = any("loss" in line for line in log) and plots.png(plots.loss_plot(log))
-    shown = samples(folder / "samples", dict(*config).get("names", {}), remarks)
-    return {"folder": folder, "config": dict(*config), "metrics": dict(*metrics), "log": log,
-            "curve": curve and data_uri("image/png", curve), "samples": shown, "remarks": remarks}
+    config, drawn = dict(*config), {}
+    try:
+        path = folder / "samples" / "samples.npz"
+        drawn = files.read_npz(path) if path.exists() else {}
+    except UserError as error:
+        remarks.append(str(error))
+    shown = samples(folder / "samples", conditions(drawn, config.get("names", {})), remarks)
+    module = find(config["method"]) if config.get("method") in METHODS else None
+    return {"folder": folder, "config": config, "metrics": dict(*metrics), "log": log,
+            "curve": curve and data_uri("image/png", curve), "samples": shown, "remarks": remarks,
+            "story": module.__doc__.splitlines()[0] if module else "",
+            "first": first_look(folder / "samples", config, drawn, shown)}
+
+
+def first_look(folder: Path, config: dict, drawn: dict, shown: list[dict]) -> dict:
+    """What stands for a run at the top of the page: rows of "images" and the labels in "columns",
+    or "sounds" with their spectrograms; {} if there is nothing. folder: samples/ of the run. drawn:
+    what its samples.npz holds. shown: what `samples` finds."""
+    found, size = {item["name"]: item for item in shown}, config.get("config", {}).get("size")
+    if "images" in drawn:
+        columns, row = zip(*one_each(drawn, "images", config.get("names", {})), strict=True)
+        return {"columns": columns, "images": [list(map(image_uri, row))]}
+    if config.get("method") == "tokenizer" and size and "grid" in found:
+        grid, cell = np.asarray(Image.open(folder / "grid.png").convert("RGB")), 2 * size + 2
+        return {"images": [[image_uri(grid[i : i + 2 * size : 2, j : j + 2 * size : 2])
+                            for j in range(2, grid.shape[1], cell)] for i in (2, cell + 2)]}
+    sounds = [name for name in found if name.isdigit() or name.endswith("_original")]
+    chosen = [sounds[i] for i in np.linspace(0, len(sounds) - 1, min(3, len(sounds))).astype(int)]
+    if config.get("method") == "codec":  # beside each original the copy of the highest bit rate
+        copies = [sorted((name for name in found if name.startswith(f"{original[:3]}_codec_")),
+                         key=lambda name: float(name.split("_")[2]))[-1:] for original in chosen]
+        chosen = [name for pair in zip(chosen, copies, strict=True) for name in (pair[0], *pair[1])]
+    clips = [soundfile.read(folder / f"{name}.wav", dtype="float32")[0] for name in chosen]
+    images = [image_uri(plots.spectrogram(clip, max(map(len, clips)))) for clip in clips]
+    sounds = [found[name] | {"image": image} for name, image in zip(chosen, images, strict=True)]
+    return {"sounds": sounds} if sounds else {}
+
+
+def one_each(examples: dict, main: str, names: dict, most: int = 10) -> list[tuple]:
+    """What a row of `most` examples shows, the same for all rows: (a class's name, its first
+    example or None), in the order of the classes, or more of each if there are few. examples:
+    columns of one length, `main` and mostly "labels". names: {"labels": names of the classes}."""
+    known = names.get("labels") or [""]
+    labels = examples.get("labels", np.zeros(len(examples[main]), int))
+    chosen = np.linspace(0, len(known) - 1, min(most, len(known))).astype(int).tolist()
+    numbers = {label: iter(np.flatnonzero(labels == label)) for label in chosen}
+    found = [(label, next(numbers[label], None))
+             for label in chosen for _ in range(most // len(chosen))]
+    return [(known[label], None if at is None else examples[main][at]) for label, at in found]
+
+
+def image_uri(image: np.ndarray | None) -> str | None:
+    """An image uint8 (H, W, 3) as an address that contains it."""
+    return None if image is None else data_uri("image/png", plots.png(Image.fromarray(image)))
 
 
 def read_json(path: Path, remarks: list[str]) -> list[dict]:
@@ -59,10 +116,11 @@ def read_json(path: Path, remarks: list[str]) -> list[dict]:
     return found
 
 
-def samples(folder: Path, names: dict, remarks: list[str]) -> list[dict]:
-    """Dicts with "name", "uri", "asked": what it shows, in words; and the "width" of images."""
+def samples(folder: Path, asked: list[str], remarks: list[str]) -> list[dict]:
+    """Dicts with "name", "uri", "asked": what it shows, in words; and the "width" of images.
+    asked: what each sample was asked to show."""
     images, sounds = sorted([*folder.glob("*.png"), *folder.glob("*.gif")]), folder.glob("*.wav")
-    asked, shown = conditions(folder / "samples.npz", names, remarks), []
+    shown = []
     for path in [*images, *sorted(sounds)]:
         mine = asked[int(path.stem) :][:1] if path.stem.isdigit() else list(dict.fromkeys(asked))
         item = {"name": path.stem, "asked": mine}
@@ -78,16 +136,12 @@ def samples(folder: Path, names: dict, remarks: list[str]) -> list[dict]:
     return shown
 
 
-def conditions(path: Path, names: dict, remarks: list[str]) -> list[str]:
+def conditions(drawn: dict, names: dict) -> list[str]:
     """What each sample in samples.npz was asked to show, such as "three, jackson"."""
-    stored, columns = {}, []
-    try:
-        stored = files.read_npz(path) if path.exists() else {}
-    except UserError as error:
-        remarks.append(str(error))
-    for key in [key for key in ("labels", "speakers", "prompts") if key in stored]:
+    columns = []
+    for key in [key for key in ("labels", "speakers", "prompts") if key in drawn]:
         known = dict(enumerate([*names[key], "null class"])) if key in names else {}
-        columns.append([known.get(value, str(value)) for value in stored[key].tolist()])
+        columns.append([known.get(value, str(value)) for value in drawn[key].tolist()])
     return [", ".join(row) for row in zip(*columns, strict=True)]
 
 
