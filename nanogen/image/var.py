@@ -150,7 +150,9 @@ class VAR(Method):
             mask = torch.stack([mask, self.blind_mask]).repeat_interleave(count, 0)[:, None]
         for i, positions in enumerate(self.order.split(self.pass_sizes)):
             x, scale = self.input(tokens, i), self.scale_of_pass[i]
-            x = x if guidance == 1 else torch.cat([x, self.input(tokens, i, blind=hide_scale)])
+            if guidance != 1:  # the first pass of a scale has nothing to hide
+                hide = hide_scale and i > self.scale_of_pass.index(scale)
+                x = torch.cat([x, self.input(tokens, i, blind=True) if hide else x])
             inputs.append(x)
             start, end = (end if cached else 0), end + len(positions)
             x = x if cached else torch.cat(inputs, dim=1)
