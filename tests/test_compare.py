@@ -71,7 +71,7 @@ def test_tokenizer_minutes_include_those_of_the_perceptual_network(compared):
     _, folder, rows = compared
     parts = [runs.read_record(folder / f"{name}-scenes")["minutes"]
              for name in ("tokenizer", "perceptual")]
-    assert rows[NAMES.index("maskgit")]["tokenizer minutes"] == sum(parts) > max(parts)
+    assert rows[NAMES.index("maskgit")]["tokenizer minutes"] == sum(parts)
     assert runs.read_record(folder / "tokenizer-scenes")["training"]["minutes"] == 0.002
     assert runs.read_record(folder / "perceptual-scenes")["training"]["steps"] == 2
 
@@ -116,7 +116,7 @@ def test_what_is_no_comparison_is_refused(compared):
     with pytest.raises(UserError, match="not 3: choose another --out"):
         tour.compare(data, 3, folder, n=10)
     for settings in (dict(n=5), dict(seeds=0)):
-        with pytest.raises(UserError, match="at least 10 samples and 1 seed"):
+        with pytest.raises(UserError, match="at least 10 samples, 1 seed"):
             tour.compare(data, 3, folder, **settings)
     with pytest.raises(UserError, match="compare needs images"):
         tour.compare(load("voices", count=20), 3, folder)

@@ -24,6 +24,8 @@ def device() -> torch.device:
     """CUDA if there is a GPU, then Apple's MPS, else the CPU. NANOGEN_DEVICE=cpu (or cuda, mps, as
     --device sets it) overrides the choice."""
     if wanted := os.environ.get("NANOGEN_DEVICE"):
+        if wanted == "cuda":  # each process of torchrun has its own GPU
+            wanted = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
         try:
             return torch.empty(0, device=wanted).device
         except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts

@@ -24,10 +24,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x  # the smaller side squared is cheaper
-    eye = torch.eye(x.shape[-2], dtype=x.dtype, device=x.device)
-    for _ in range(steps):  # x = a x + b (x x^T) x + c (x x^T)^2 x, with sums of small matrices only
+    for _ in range(steps):
         gram = x @ x.mT
-        x = (a * eye + (b * eye + c * gram) @ gram) @ x
+        x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if transposed else x
 
 

@@ -88,8 +88,9 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500,
     """Train every method that draws images for `minutes`, judge n samples for each of the sampling
     seeds, write index.html and table.md to `out`, and return the rows of the table.
     What is trained already is not trained again. UserError if `out` has runs of other minutes."""
-    if n < 10 or seeds < 1:
-        raise UserError(f"compare needs at least 10 samples and 1 seed, got {n} and {seeds}.")
+    if n < 10 or seeds < 1 or not 0 < minutes < float("inf"):
+        raise UserError("compare needs at least 10 samples, 1 seed and some minutes, "
+                        f"got {n}, {seeds} and {minutes:g}.")
     dataset, out = data if isinstance(data, Dataset) else load(data), Path(out)
     if dataset.kind != "images":
         raise UserError(f"{dataset.name} holds {dataset.kind}, but compare needs images.")
