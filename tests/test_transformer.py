@@ -21,7 +21,6 @@ from nanogen.blocks.transformer import (
     norm,
     rotary_angles,
     rotate,
-    rotation_of,
 )
 from nanogen.blocks.unet import ResidualBlock, UNet, check_fit
 
@@ -35,6 +34,11 @@ def network(**options) -> Transformer:
     for block in model.blocks:
         nn.init.uniform_(block.scale, 0.5, 4.0)
     return model
+
+
+def rotation_of(angles):
+    cos, sin = angles.cos(), angles.sin()
+    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
 
 
 def some_tokens(tokens=TOKENS):
@@ -55,12 +59,12 @@ def test_causal_equals_the_mask_of_the_lower_triangle():
 
 @pytest.mark.parametrize("kind", ["all", "causal", "mask"])
 def test_the_plain_products_for_short_chains_equal_the_fused_kernel(kind):
-    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 16)
+    q, k, v = torch.randn(3, 2, HEADS, TOKENS, 16).bfloat16()  # float32 takes the kernel
     mask = None
     if kind == "mask":
         mask = (torch.rand(2, 1, TOKENS, TOKENS) < 0.5) | torch.eye(TOKENS, dtype=torch.bool)
     fused = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=kind == "causal")
-    assert torch.allclose(attention(q, k, v, mask, kind == "causal"), fused, atol=1e-5)
+    assert torch.allclose(attention(q, k, v, mask, kind == "causal"), fused, atol=0.03)
 
 
 def test_long_chains_take_the_fused_kernel(monkeypatch):

@@ -10,12 +10,11 @@ What differs between methods is passed in, never built in:
     cache       keys and values of earlier tokens, so that they need not be computed again
 
 Sources: Vaswani et al. 2017 (the block); Zhang & Sennrich 2019 (RMSNorm); Su et al. 2021 (rotary
-positions); Henry et al. 2020, "Query-Key Normalization" (a learned scale of the logits);
-Dehghani et al. 2023 (with it, attention stays stable at high learning rates); Peebles & Xie 2023
-(AdaLN-zero).
+positions); Peebles & Xie 2023 (AdaLN-zero); Henry et al. 2020, "Query-Key Normalization" (norms of
+q and k, and a learned scale for each head: no attention logit exceeds scale * sqrt(head size));
+Dehghani et al. 2023 (so attention stays stable at high learning rates).
 Different from the papers: no biases; one matrix makes the modulations of all layers, so that a
-sampler computes them only once; norms without gains, since a matrix follows. After the norms of q
-and k, a scale for each head follows: no attention logit exceeds scale * sqrt(head size).
+sampler computes them only once; norms without gains, since a matrix follows.
 """
 
 import torch
@@ -38,10 +37,9 @@ class Transformer(nn.Module):
     def modulate(self, condition: Tensor) -> list[Tensor]:
         """(B, width) or (B, T, width) -> shift, scale and gate of each attention and each MLP, then
         shift and scale of the end: (B, 1 or T, width) each. A scale is 1 plus what is learned."""
-        modulation = self.modulation(F.silu(condition))
-        modulation = modulation[:, None] if modulation.ndim == 2 else modulation
-        parts = enumerate(modulation.split(self.width, dim=-1))
-        return [1 + part if i % 3 == 1 else part for i, part in parts]
+        condition = condition[:, None] if condition.ndim == 2 else condition
+        parts = self.modulation(F.silu(condition)).split(self.width, dim=-1)
+        return [1 + part if i % 3 == 1 else part for i, part in enumerate(parts)]
 
     def forward(self, x: Tensor, angles: Tensor, mask: Tensor | None = None, causal: bool = False,
                 condition: Tensor | None = None, modulation: list[Tensor] | None = None,
@@ -52,7 +50,8 @@ class Transformer(nn.Module):
         and those before it. condition: see `modulate`; or pass its result as `modulation`."""
         if condition is not None:
             modulation = self.modulate(condition)
-        rotation = rotation_of(angles)
+        cos, sin = angles.cos(), angles.sin()
+        rotation = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)  # (T, head) each
         for i, block in enumerate(self.blocks):
             x = block(x, modulation[6 * i : 6 * i + 6], rotation, mask, causal, cache, i)
         if cache:
@@ -97,12 +96,11 @@ def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None,
     """softmax(q k^T / sqrt(head)) v, with q (B, heads, T, head) and k, v (B, heads, S, head).
     The fused kernel is slow for short chains on a CPU in bfloat16 (torch 2.13): plain products are
     5 times as fast in the backward pass of T = S = 64, and 20 times for one query of 1,024 keys."""
-    tokens, seen = q.shape[2], k.shape[2]
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or tokens * seen > 256 * 256:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[2] * k.shape[2] > 256**2:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)  # (B, heads, T, S)
     if causal:
-        mask = torch.ones(tokens, seen, dtype=torch.bool, device=q.device).tril()
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     if mask is not None:
         scores = scores.masked_fill(~mask, float("-inf"))
     return scores.softmax(-1).to(v.dtype) @ v
@@ -133,15 +131,9 @@ def rotary_angles(positions: Tensor, head: int, base: float = 100.0) -> Tensor:
     return F.pad(angles, (0, head // 2 - axes * pairs))
 
 
-def rotation_of(angles: Tensor) -> tuple[Tensor, Tensor]:
-    """Angles (T, head / 2) -> the factors of `rotate`, (T, head) each."""
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
-
-
 def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Turn pairs (a, b) of features (i, i + head/2) of x (..., T, head):
-    (a cos - b sin, b cos + a sin). rotation: see above."""
+    """Turn pairs of features (i, i + head/2) of x (..., T, head): (a, b) becomes
+    (a cos - b sin, b cos + a sin). rotation, (T, head) each: (cos, cos) and (-sin, sin)."""
     cos, sin = rotation
     return torch.addcmul(x * cos, x.roll(x.shape[-1] // 2, dims=-1), sin)
 
@@ -163,17 +155,17 @@ class Cache:
     def __init__(self, transformer: Transformer, batch: int, capacity: int,
                  dtype: torch.dtype = torch.float32):
         weight, heads = transformer.blocks[0].out.weight, transformer.heads
-        shape = (transformer.depth, 2, batch, heads, capacity, transformer.width // heads)
-        empty = torch.zeros(shape, device=weight.device, dtype=dtype)
-        self.layers = [layer.unbind() for layer in empty]  # keys and values of each
+        shape = (2, transformer.depth, batch, heads, capacity, transformer.width // heads)
+        both = torch.zeros(shape, device=weight.device, dtype=dtype)
+        self.k, self.v = (layers.unbind() for layers in both)  # a tensor for each layer
         self.length = 0
 
     def append(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """k, v of new tokens (B, heads, T, head) -> those of all tokens, (B, heads, S, head)."""
-        end = self.length + k.shape[2]
-        for known, new in zip(self.layers[layer], (k, v), strict=True):
-            known[:, :, self.length : end] = new
-        return tuple(known[:, :, :end] for known in self.layers[layer])
+        k_all, v_all, end = self.k[layer], self.v[layer], self.length + k.shape[2]
+        k_all[:, :, self.length : end] = k
+        v_all[:, :, self.length : end] = v
+        return k_all[:, :, :end], v_all[:, :, :end]
 
 
 class CodeEmbedding(nn.Module):
