@@ -86,7 +86,7 @@ def test_cached_passes_equal_the_masked_pass_over_all_of_them():
     whole, cache, end = model.logits(tokens, LABELS), var.Cache(model.transformer, 4, 30), 0
     for i, cells in enumerate(passes(model)):
         angles, end = model.angles[end : end + len(cells)], end + len(cells)
-        h = model.transformer(model.input(tokens, i), angles, condition=condition, cache=cache)
+        h = model.transformer(model.input(tokens, i, []), angles, condition=condition, cache=cache)
         assert torch.allclose(h @ model.head().mT, whole[:, cells], atol=1e-4)
 
 
@@ -133,7 +133,7 @@ def test_a_pass_starts_from_the_scales_before_and_the_cells_so_far_of_its_own():
     total = quantizer.sums(tokens[:, :5])[-1] + quantizer.enlarge(codes * first[:, None], 2)
     x = model.embed(shrink(total, 3)).flatten(2).transpose(1, 2)
     expected = x[:, ~first] + model.pass_embedding.weight[3]
-    assert torch.allclose(model.input(tokens, 3), expected, atol=1e-5)
+    assert torch.allclose(model.input(tokens, 3, []), expected, atol=1e-5)
 
 
 @torch.no_grad()
@@ -151,10 +151,10 @@ def test_guidance_leads_away_from_a_prediction_that_lacks(hide_scale, monkeypatc
     if hide_scale:
         other = tokens.clone()
         other[:, 14:] = (tokens[:, 14:] + 7) % 32  # all of the last scale
-        blind = model.input(other, 4, blind=True)
-        assert torch.equal(blind, model.input(tokens, 4, blind=True))
-        assert not torch.equal(model.input(other, 4), model.input(tokens, 4))
-        x = torch.cat([*(model.input(tokens, i) for i in range(3)), blind], dim=1)
+        blind = model.input(other, 4, [], blind=True)
+        assert torch.equal(blind, model.input(tokens, 4, [], blind=True))
+        assert not torch.equal(model.input(other, 4, []), model.input(tokens, 4, []))
+        x = torch.cat([*(model.input(tokens, i, []) for i in range(3)), blind], dim=1)
         i = torch.repeat_interleave(torch.tensor([1, 4, 9, len(cells)]))
         angles = torch.cat([model.angles[:14], model.angles[-len(cells) :]])
         mask = i[:, None] >= i

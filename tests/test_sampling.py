@@ -67,7 +67,8 @@ def test_top_p_keeps_the_smallest_set_that_has_probability_p(values, p):
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(temperature=-1.0)])
+    "settings", [dict(top_p=0.0), dict(top_p=1.1), dict(top_k=-1), dict(temperature=-1.0),
+                 dict(temperature=float("nan"))])
 def test_settings_that_would_leave_no_token_are_refused(settings):
     with pytest.raises(ValueError, match=next(iter(settings))):
         draw(torch.zeros(2, 5), generator(), **settings)

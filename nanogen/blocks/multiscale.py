@@ -92,13 +92,22 @@ class MultiScaleVQ(Quantizer):
         ends = zip(counts, accumulate(counts), strict=True)
         return list(indices.split([n for n, end in ends if end <= indices.shape[1]], dim=1))
 
+    def add(self, sums: list[Tensor], indices: Tensor, known: Tensor | None = None) -> Tensor:
+        """The sum after one more scale, whose indices are (B, scale^2), than `sums` has. known:
+        bool (scale^2,), which indices to use; the other cells get the mean of their scale."""
+        codes = F.embedding(indices, self.codebook.vectors)
+        codes = codes if known is None else codes * known[:, None]
+        part = self.enlarge(codes, len(sums))
+        return sums[-1] + part if sums else part
+
     def sums(self, indices: Tensor, known: Tensor | None = None) -> list[Tensor]:
         """The sum after each of the scales in `indices` (B, L): a list of (B, code_dim, h, h).
-        known: bool (L,), which indices to use; cells of the others add the mean of their scale."""
-        codes = F.embedding(indices, self.codebook.vectors)
-        if known is not None:
-            codes = codes * known[:, None]
-        return list(accumulate(self.enlarge(part, k) for k, part in enumerate(self.split(codes))))
+        known: bool (L,), as in `add`."""
+        sums: list[Tensor] = []
+        masks = self.split(torch.ones_like(indices[:1]) if known is None else known[None])
+        for part, mask in zip(self.split(indices), masks, strict=True):
+            sums.append(self.add(sums, part, mask[0]))
+        return sums
 
     def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
         """Indices (B, L) as in `sums`; of the first scales: blurred -> codes (B, h^2, code_dim)."""

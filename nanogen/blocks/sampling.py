@@ -12,7 +12,7 @@ def draw(logits: Tensor, generator: torch.Generator, temperature: float = 1.0, t
     temperature divides the logits: below 1, safer and less varied; 0 takes the most likely index.
     top_k: only among the k most likely; 0: all. top_p: only among the fewest that together have
     probability p (nucleus sampling, Holtzman et al. 2020)."""
-    if temperature < 0 or top_k < 0:
+    if not (temperature >= 0 and top_k >= 0):  # so written, it refuses nan, too
         raise ValueError(f"temperature {temperature} and top_k {top_k} must not be negative")
     if not 0 < top_p <= 1:
         raise ValueError(f"top_p must be above 0 and at most 1, got {top_p}")

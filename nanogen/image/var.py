@@ -101,23 +101,29 @@ class VAR(Method):
         """Images (B, 3, H, W) -> their "tokens" (B, T), coarse to fine; the labels stay."""
         return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
 
-    def input(self, tokens: Tensor, i: int, blind: bool = False) -> Tensor:
+    def input(self, tokens: Tensor, i: int, sums: list[Tensor], blind: bool = False) -> Tensor:
         """Input of pass i: (B, its tokens, width), from the features so far (B, code_dim, 8, 8).
         tokens: (B, T). Those of pass i and later are not used: their cells get the mean of their
-        scale. So pass 0 sees only a mean: there is no start token. blind: see the mask above."""
-        scale = self.scale_of_pass[i]
+        scale. So pass 0 sees only a mean: there is no start token. sums: the features after each
+        scale that is complete, empty for pass 0; what is missing is added. blind: see the mask."""
+        scale, quantizer = self.scale_of_pass[i], self.tokenizer.quantizer
         side, end = self.scales[scale], self.scale_ends[scale]
-        cells = self.order.split(self.pass_sizes)[i] - (end - side**2)  # numbered in their scale
+        own = slice(end - side**2, end)  # tokens of this scale
+        cells = self.order.split(self.pass_sizes)[i] - own.start  # numbered in their scale
         # With the mask, a blind later pass looks as the first pass does in training.
         i = self.scale_of_pass.index(scale) if blind else i
         with torch.no_grad():
-            so_far = self.tokenizer.quantizer.sums(tokens[:, :end], self.pass_of[:end] < i)[-1]
+            parts = quantizer.split(tokens[:, :end])
+            while len(sums) < scale:
+                sums.append(quantizer.add(sums, parts[len(sums)]))
+            so_far = quantizer.add(sums, parts[scale], self.pass_of[own] < i)
         x = self.embed(shrink(so_far, side)).flatten(2).transpose(1, 2)  # (B, side^2, width)
         return x[:, cells] + self.pass_embedding.weight[i]
 
     def logits(self, tokens: Tensor, labels: Tensor) -> Tensor:
         """All tokens (B, T) -> logits of each, given the passes before its own: (B, T, K)."""
-        x = torch.cat([self.input(tokens, i) for i in range(len(self.pass_sizes))], dim=1)
+        sums: list[Tensor] = []
+        x = torch.cat([self.input(tokens, i, sums) for i in range(len(self.pass_sizes))], dim=1)
         x = self.transformer(x, self.angles, mask=self.mask, condition=self.label(labels))
         return (x[:, self.order.argsort()] @ self.head().mT).float()  # pass order -> token order
 
@@ -145,14 +151,14 @@ class VAR(Method):
         labels = with_and_without(labels, self.config.classes, guidance)
         modulation, head = self.transformer.modulate(self.label(labels)), self.head()
         cache = Cache(self.transformer, len(labels), len(self.pass_of), modulation[0].dtype)
-        mask, inputs, end = self.mask, [], 0
+        mask, inputs, sums, end = self.mask, [], [], 0
         if guidance != 1 and hide_scale:  # (2 B, 1, T, T)
             mask = torch.stack([mask, self.blind_mask]).repeat_interleave(count, 0)[:, None]
         for i, positions in enumerate(self.order.split(self.pass_sizes)):
-            x, scale = self.input(tokens, i), self.scale_of_pass[i]
+            x, scale = self.input(tokens, i, sums), self.scale_of_pass[i]
             if guidance != 1:  # the first pass of a scale has nothing to hide
                 hide = hide_scale and i > self.scale_of_pass.index(scale)
-                x = torch.cat([x, self.input(tokens, i, blind=True) if hide else x])
+                x = torch.cat([x, self.input(tokens, i, sums, blind=True) if hide else x])
             inputs.append(x)
             start, end = (end if cached else 0), end + len(positions)
             x = x if cached else torch.cat(inputs, dim=1)

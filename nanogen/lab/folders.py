@@ -50,7 +50,7 @@ def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -
     if record["method"] != method or (kind_of(there["origin"]) and there["name"] != data):
         raise UserError(f"{folder} is a {record['method']} on {there['name']}, not a {method} on "
                         f"{data}: choose another --out.")
-    fixed = record["config"] | {name: record["training"][name]
+    fixed = record["config"] | {name: record["training"].get(name, "")
                                 for name in ("optimizer", "seed", "precision")}
     for name, value in overrides.items():
         if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples

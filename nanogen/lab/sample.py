@@ -133,7 +133,7 @@ def number_of(said: str | int, condition: str, run: "Run") -> int:
     raise UserError(f"There is no {condition.removesuffix('s')} {said!r}: choose from {some}.")
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def ask(run: "Run", function, *inputs, **settings):
     """A call of the model, in the machine's precision; what it refuses becomes a sentence."""
     with files.explained(f"{run.method}: {{reason}}.", ValueError, TypeError, IndexError):

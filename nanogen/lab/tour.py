@@ -26,13 +26,12 @@ from nanogen.method import METHODS, find
 IMAGES, CLIPS = 12_000, 2_000  # sizes of the data sets of the tour
 STORY = {  # what the tour trains, in this order, and what it says of each
     "pixel_ar": "An image as a chain of color values. Each pixel costs a pass, so it has only 8x8.",
-    "tokenizer": "An image as 64 tokens.",
-    "token_ar": "The same chain over tokens, row by row: 64 passes.",
-    "maskgit": "Tokens in any order: many at once, the surest first, in 12 passes.",
-    "var": "A thumbnail first, then scale by scale: 6 passes.",
+    "tokenizer": "An image as 16 tokens, each the index of one of 1,024 codes.",
+    "token_ar": "The same chain over tokens, row by row: 16 passes.",
+    "maskgit": "Tokens in any order: several at once, the surest first, in 8 passes.",
+    "var": "A thumbnail first, then scale by scale: 5 passes.",
     "mar": "Continuous tokens: patches of pixels, each drawn by a small flow head, in 8 passes.",
     "flow": "No tokens: noise is carried to an image along nearly straight lines, in 16 passes.",
-    "meanflow": "The same in one pass, by learning the average velocity.",
     "codec": "A sound as 62.5 frames a second of a few tokens each. Digits, before and after.",
     "audio_lm": "A chain of those tokens: the model speaks a digit in a given voice.",
 }
