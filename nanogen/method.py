@@ -23,6 +23,7 @@ import math
 from types import ModuleType
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 METHODS = {  # name -> module; modules are imported when they are used
@@ -71,6 +72,11 @@ class Method(nn.Module):
     encodes = False  # `prepare` changes the batch: it is called once, before training
     encoding_fields: tuple[str, ...] = ()  # Config fields that change its result, which is kept
     examples: int | None = None  # how many examples it makes (pairs of reflow); None: one for each
+
+    def __init__(self):
+        super().__init__()
+        # The fraction of the training that has passed. The loop sets it, for a loss that changes.
+        self.register_buffer("progress", torch.zeros(()), persistent=False)
 
     @staticmethod
     def requires(config) -> Requirement | None:

@@ -167,7 +167,7 @@ def test_a_config_refuses_bad_fields_by_name(fields, sentence):
 
 
 def test_it_overfits_one_batch_and_every_further_codebook_says_more():
-    codec = tiny_codec(widths=(8, 16, 16), discriminator_start=60)
+    codec = tiny_codec(widths=(8, 16, 16), discriminator_start=0.5)
     data = {"waveforms": tones()}
     with torch.no_grad():
         start, _ = codec.loss(data)
@@ -176,7 +176,7 @@ def test_it_overfits_one_batch_and_every_further_codebook_says_more():
         end, _ = codec.loss(data)
     assert end < 0.6 * start, (start, end)
     names = {"waveform", "spectral", "commitment", "adversarial", "matching", "discriminator"}
-    assert names <= log[-1].keys() and int(codec.steps) == 120
+    assert names <= log[-1].keys()
     z = codec.latents(data["waveforms"])
     copies = [codec.quantizer.decode(codec.encode(data["waveforms"], k)) for k in range(1, 5)]
     errors = [(z - copy).square().mean() for copy in copies]
@@ -209,7 +209,7 @@ def test_the_adversarial_gradient_reaches_the_codec_and_the_discriminator_learns
 
 
 def test_the_scalar_has_the_balanced_gradient():
-    codec = tiny_codec(discriminator_start=9, commitment=0.0, unquantized=1.0).train()
+    codec = tiny_codec(discriminator_start=0.5, commitment=0.0, unquantized=1.0).train()
     waveforms = tones()
     codec.loss({"waveforms": waveforms})
     twin = copy.deepcopy(codec)

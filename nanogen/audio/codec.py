@@ -56,7 +56,7 @@ class Config:
     adversarial: float = 0.3  # of the adversarial (hinge) loss; 0: no discriminator
     matching: float = 0.6  # of the L1 distance of the discriminator's features
     commitment: float = 10.0  # factor of its loss; the balanced gradient's norm is at most about 1
-    discriminator_start: int = 4000  # training step at which the discriminator begins
+    discriminator_start: float = 0.75  # fraction of the training without the discriminator
     discriminator_width: int = 16  # channels of its first layer
     crop: int = 4096  # samples of each training row that one step uses
     speed: float = 0.0  # augmentation: up to this fraction faster or slower
@@ -67,7 +67,7 @@ class Config:
         check_numbers(self, speed=(0 <= self.speed < 1, "from 0 to below 1"),
                       unquantized=(0 <= self.unquantized <= 1, "from 0 to 1"),
                       codebook_size=(self.codebook_size >= 2, "at least 2"),
-                      discriminator_start=(self.discriminator_start >= 0, "at least 0"))
+                      discriminator_start=(self.discriminator_start <= 1, "from 0 to 1"))
         check(self, strides=(min(self.strides, default=1) >= 1, "at least 1 each"),
               widths=(fits and min(self.widths) > 1, "one more than strides, at least 2 each"),
               crop=(self.crop % hop == 0, f"a multiple of the hop, {hop}"))
@@ -234,7 +234,6 @@ class Codec(Method):
         self.balancer = Balancer({name: getattr(config, name) for name in BALANCED})
         network = Discriminator(config.discriminator_width) if config.adversarial else None
         self.discriminator = network
-        self.register_buffer("steps", torch.tensor(0))  # of training so far
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """"waveforms" (B, T) -> a scalar with the value of waveform + spectral loss, but the
@@ -253,11 +252,10 @@ class Codec(Method):
         if not self.training:
             return l1 + spectral, metrics
         scalar = self.config.commitment * commitment
-        if self.discriminator and self.steps >= self.config.discriminator_start:
+        if self.discriminator and self.progress >= self.config.discriminator_start:
             hinge, losses["adversarial"], losses["matching"] = self.discriminator(copy, waveforms)
             metrics |= losses | {"discriminator": hinge}
             scalar = scalar + hinge
-        self.steps += 1
         scalar = scalar + (decoded * self.balancer(losses, copy)).sum()
         return (l1 + spectral).detach() + (scalar - scalar.detach()), metrics  # value + gradient
 

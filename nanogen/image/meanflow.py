@@ -54,7 +54,7 @@ SLOW = 0.05  # t is embedded as SLOW t: waves of 1,000 rad per unit would make d
 @dataclass
 class Config:
     interval_fraction: float = 0.75  # fraction of the batch with r != t; the rest is flow matching
-    interval_start: int = 300  # training step at which pairs with r != t begin
+    interval_start: float = 0.7  # fraction of the training without pairs with r != t
     time_mean: float = 2.0  # mean of the logit-normal times before the sigmoid: > 0 is nearer data
     time_std: float = 2.0  # their standard deviation: a larger one draws more long intervals
     derivative: str = "difference"  # du/dt: difference, or jvp (exact, slow on a CPU)
@@ -73,7 +73,7 @@ class Config:
     def __post_init__(self):
         choose(self, derivative=("difference", "jvp"), tangent=("network", "line"))
         check_numbers(self, interval_fraction=(0 <= self.interval_fraction <= 1, "from 0 to 1"),
-                      interval_start=(self.interval_start >= 0, "at least 0"),
+                      interval_start=(0 <= self.interval_start <= 1, "from 0 to 1"),
                       time_mean=(True, "any number"), time_std=(self.time_std > 0, "more than 0"),
                       difference=(0 < self.difference <= 1, "more than 0, at most 1"),
                       attention_at=(self.attention_at >= 0, "at least 0"))
@@ -156,7 +156,6 @@ class MeanFlow(Method):
         self.config = config
         self.condition = ConditionEmbedding(config.classes, config.width, time=True)
         self.interval = TimeEmbedding(config.width)  # of r - t
-        self.register_buffer("steps", torch.zeros((), dtype=torch.long))  # of training, so far
         self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         for module in self.network.modules():
             if isinstance(module, nn.GroupNorm):
@@ -170,8 +169,7 @@ class MeanFlow(Method):
         """batch: "labels" (B,), "images" (B, 3, H, W). Logs the errors for r = t and for r != t."""
         config, count = self.config, len(batch["images"])
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
-        self.steps += self.training
-        begun = self.steps > config.interval_start or not self.training
+        begun = self.progress >= config.interval_start or not self.training
         loss, error, length = meanflow_loss(
             self, batch["images"], labels, config,
             math.ceil(config.interval_fraction * count) if begun else 0,

@@ -35,7 +35,7 @@ from nanogen.files import explained, write_atomically, write_text
 from nanogen.lab import machine
 from nanogen.lab.machine import average_gradients, join_processes
 from nanogen.lab.optimizer import make_optimizers
-from nanogen.method import check_numbers, choose
+from nanogen.method import Method, check_numbers, choose
 
 BAD_STATE = "{} is damaged or belongs to another network: delete it to start this run again."
 
@@ -105,6 +105,8 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = options.lr * min(rise, fall, 1.0)
+            if isinstance(model, Method):
+                model.progress.fill_(fraction)
             batch = draw_batch(data, step, options, rank, world)
             torch.manual_seed(machine.seed_of(options.seed, step, rank))  # of all that is random
             with machine.autocast(dtype):
