@@ -234,10 +234,10 @@ def test_the_balancer_gives_each_loss_its_fraction_whatever_its_scale():
 
 
 def test_without_gradients_the_loss_is_the_reconstruction():
-    codec = tiny_codec()
+    codec = tiny_codec(discriminator_start=0.0)
     with torch.no_grad():
         loss, metrics = codec.loss({"waveforms": torch.rand(2, 8192)})
-    assert loss.isfinite() and int(codec.steps) == 0 and "discriminator" not in metrics
+    assert loss.isfinite() and "discriminator" not in metrics
 
 
 # ---- augmentation for unseen speakers

@@ -67,7 +67,7 @@ class Config:
         check_numbers(self, speed=(0 <= self.speed < 1, "from 0 to below 1"),
                       unquantized=(0 <= self.unquantized <= 1, "from 0 to 1"),
                       codebook_size=(self.codebook_size >= 2, "at least 2"),
-                      discriminator_start=(self.discriminator_start <= 1, "from 0 to 1"))
+                      discriminator_start=(0 <= self.discriminator_start <= 1, "from 0 to 1"))
         check(self, strides=(min(self.strides, default=1) >= 1, "at least 1 each"),
               widths=(fits and min(self.widths) > 1, "one more than strides, at least 2 each"),
               crop=(self.crop % hop == 0, f"a multiple of the hop, {hop}"))
