@@ -247,6 +247,14 @@ def test_what_is_said_on_resume_counts_or_is_refused(finished, copied):
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+def test_a_finished_run_from_before_a_setting_existed_is_loaded(finished, copied):
+    folder = copied("flow")
+    record = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    del record["training"]["precision"]
+    (folder / "config.json").write_text(json.dumps(record), encoding="utf-8")
+    assert resumed("flow", finished["flow"], folder).record["steps"] == 3
+
+
 def test_a_run_goes_on_only_with_the_method_and_the_data_that_it_has(
         finished, copied, own_images, tmp_path):
     folder, other = copied("judge"), tmp_path / "fruit"
