@@ -93,8 +93,9 @@ class MultiScaleVQ(Quantizer):
         return list(indices.split([n for n, end in ends if end <= indices.shape[1]], dim=1))
 
     def add(self, sums: list[Tensor], indices: Tensor, known: Tensor | None = None) -> Tensor:
-        """The sum after one more scale, whose indices are (B, scale^2), than `sums` has. known:
-        bool (scale^2,), which indices to use; the other cells get the mean of their scale."""
+        """`sums` are the sums after the first scales. The sum after one more, with indices
+        (B, scale^2): (B, code_dim, h, h). known: bool (scale^2,), which indices to use, all unless
+        told; the other cells get the mean of their scale."""
         codes = F.embedding(indices, self.codebook.vectors)
         codes = codes if known is None else codes * known[:, None]
         part = self.enlarge(codes, len(sums))

@@ -105,7 +105,8 @@ class VAR(Method):
         """Input of pass i: (B, its tokens, width), from the features so far (B, code_dim, 8, 8).
         tokens: (B, T). Those of pass i and later are not used: their cells get the mean of their
         scale. So pass 0 sees only a mean: there is no start token. sums: the features after each
-        scale that is complete, empty for pass 0; what is missing is added. blind: see the mask."""
+        finished scale; give an empty list for pass 0, then the same list again: the missing ones
+        are appended. blind: see the mask above."""
         scale, quantizer = self.scale_of_pass[i], self.tokenizer.quantizer
         side, end = self.scales[scale], self.scale_ends[scale]
         own = slice(end - side**2, end)  # tokens of this scale

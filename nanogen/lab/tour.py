@@ -4,10 +4,10 @@
     python -m nanogen compare --data cifar10 --minutes 5     -> runs/compare-cifar10/index.html
     python -m nanogen list
 
-The tour trains every method for about half a minute, by the recipes named "tour": small networks
-on small images and on voices, which are made by code. It shows each idea at work. The comparison
-gives every way to make an image the same data and the same minutes. Both go on where they were
-stopped.
+The tour trains nine methods for half a minute to two minutes each, by the recipes named "tour":
+small networks on small images and on voices, which are made by code. It shows each idea at work.
+The comparison gives every way to make an image the same data and the same minutes. Both go on where
+they were stopped.
 """
 
 import time
