@@ -146,6 +146,10 @@ def run_options(command: Parser, arguments: list[str]) -> list[str]:
         for name, kind in conditions.items():
             text = {"class": "names or numbers (all)", "text": "texts"}.get(kind, "files")
             group.add_argument(f"--{name.removesuffix('s')}", nargs="+", dest=name, help=text)
+        if arguments[0] == "sample" and "known" in inspect.signature(run.model.sample).parameters:
+            group.add_argument("--known", nargs="+", help="images of which a part stays")
+            group.add_argument("--hole", type=numbers, help="the part to draw: x,y,width,height")
+            group.add_argument("--mask", help="instead of --hole: an image, white where to draw")
         for name, kind in settings.items():
             add_option(group, name, kind, f"({run.record['sampling'].get(name, 'as it comes')})")
     at = arguments.index(folder)
@@ -193,8 +197,12 @@ def sample_command(options) -> None:
     run, said = options.run, vars(options)
     conditions = {name: said[name] for name in options.conditions if said[name]}
     settings = {name: said[name] for name in options.settings if name in said}
-    out = Path(options.out or run.folder / "samples")
-    lab("sample").sample(run, options.n, conditions, options.seed, out=out, **settings)
+    out, known = Path(options.out or run.folder / "samples"), None
+    if pictures := said.get("known"):
+        known = lab("sample").read_known(run, pictures, options.hole, options.mask)
+    elif said.get("hole") or said.get("mask"):
+        raise Misuse("--hole and --mask need --known IMAGE, of which the rest stays")
+    lab("sample").sample(run, options.n, conditions, options.seed, out=out, known=known, **settings)
     files = len(list(out.glob("*.wav")))
     kept = f" ({files} of them as .wav)" if 0 < files < options.n else ""
     print(f"{options.n} {run.model.output}: {out}{kept}")

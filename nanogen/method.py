@@ -5,8 +5,9 @@
     <method>.json  the recipes beside the file: settings for each data set, with measured results
 
 A new method is one file and one line in METHODS. The lab trains, samples, judges and reports it by
-the declarations below. `size` (of the images), `classes` and `speakers` of a Config are filled from
-the data set (see `facts` in lab/recipes.py), and its `seconds` cuts longer sounds.
+the declarations below. From the data set it fills these fields of a Config, where there are any:
+`size` (of the images), `classes`, `speakers`; for the judge also `sound` (are they sounds?),
+`second` and `second_classes` (another label). `seconds` cuts longer sounds.
 
 Names of tensors, in batches and in conditions:
 
@@ -53,7 +54,7 @@ class Requirement(NamedTuple):
     method: str  # such as "tokenizer"
     config: dict  # fields that its Config must have, such as {"bottleneck": "kl", "size": 32}
     recipe: str = "default"  # the recipe to train it by, if it is missing
-    name: str = ""  # prefix of its folder; "": method and text fields, as in tokenizer-kl
+    name: str = ""  # prefix of its folder; "": the method and its texts, as in tokenizer-kl
     training_only: bool = False  # a finished model works without it (the perceptual network)
 
 
@@ -100,6 +101,11 @@ class Method(nn.Module):
         """A batch -> (the scalar to minimise, named scalars to log)."""
         raise NotImplementedError
 
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """What `sample` takes as `known=` so that these images (B, 3, H, W) stay where bool (H, W)
+        `seen` says so. Only methods that can keep a part of an image have it."""
+        raise ValueError("this method cannot keep a part of an image")
+
     def sample(self, conditions: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
         """Draw one output for each row of the conditions: {"images": (B, 3, H, W)}, for example.
         Further keyword arguments are the settings of the sampler, such as `steps`; the command line
@@ -113,14 +119,12 @@ class Method(nn.Module):
         model, but they move with it to another device."""
         for name, module in modules.items():
             self.__dict__[name] = module  # setattr would register it
-            self.__dict__.setdefault("frozen", []).append(module)
             if module is not None:
-                module.eval().requires_grad_(False)
+                self.__dict__.setdefault("frozen", []).append(module.eval().requires_grad_(False))
 
     def _apply(self, function, recurse: bool = True):  # behind .to(), .cuda(), .half()
         for module in self.__dict__.get("frozen", []):
-            if module is not None:
-                module._apply(function, recurse)
+            module._apply(function, recurse)
         return super()._apply(function, recurse)
 
 
@@ -139,7 +143,7 @@ def check(config, **rules: tuple[bool, str]) -> None:
 
 def check_numbers(config, **rules: tuple[bool, str]) -> None:
     """`check` for all numbers. Without a rule of its own, an int must be at least 1, a float at
-    least 0, and a fraction of examples (label_dropout) at most 1."""
+    least 0, and a dropout at most 1."""
     for field in dataclasses.fields(config):
         least, value = {int: 1, float: 0}.get(field.type), getattr(config, field.name)
         if field.name.endswith("dropout"):
@@ -150,7 +154,7 @@ def check_numbers(config, **rules: tuple[bool, str]) -> None:
 
 
 def check_settings(settings: dict, kinds: dict[str, type]) -> None:
-    """The same for settings of a sampler, such as {"steps": 8}, and their types {"steps": int}."""
+    """`check_numbers` for settings of a sampler, {"steps": 8}, of these types, {"steps": int}."""
     top_k, top_p = settings.get("top_k", 0) >= 0, 0 < settings.get("top_p", 1) <= 1
     rules = {"top_k": (top_k, "at least 0"), "top_p": (top_p, "above 0 and at most 1")}
     fields = [(name, kinds.get(name)) for name in settings]

@@ -262,6 +262,55 @@ def test_token_ar_completes_what_is_given(monkeypatch):
         assert (drawn >= 0).all() and not torch.equal(drawn, truth)
 
 
+KEEPERS = [("token_ar", {}), ("maskgit", {}), ("var", {}), ("mar", {}),
+           ("mar", {"tokens": "codes"}),
+           ("mar", {"tokens": "patches"}), ("flow", {})]
+
+
+def keeper(method, fields):
+    if fields.get("tokens") == "codes":
+        config = mar.Config(width=32, depth=1, heads=2, size=8, head_width=32, **fields)
+        return awake(mar.MAR(config, tiny_tokenizer(grid=4)))
+    return tiny(method, **fields)
+
+
+@pytest.mark.parametrize(("method", "fields"), KEEPERS)
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_part_of_an_image_that_is_known_stays(method, fields, guidance):
+    model, pictures = keeper(method, fields), torch.rand(4, 3, 8, 8) * 2 - 1
+    seen = torch.ones(8, 8, dtype=torch.bool)
+    everything = model.known_part(pictures, seen)
+    seen[2:5, 4:] = False  # also touches cells that are half known
+    part = model.known_part(pictures, seen)
+    other = model.known_part(torch.where(seen, pictures, 0.5), seen)
+    assert torch.equal(part.nan_to_num(9), other.nan_to_num(9)), "the hole leaks into what is known"
+    drawn, again = (images(model, known=part, guidance=guidance, temperature=2.0, seed=seed)
+                    for seed in (0, 1))
+    whole = images(model, known=everything)
+    if method == "flow" or fields.get("tokens") == "patches":  # known pixels are kept as they are
+        hidden = F.adaptive_max_pool2d((~seen).float()[None], model.grid if fields else 8)
+        kept = F.interpolate(hidden[None], 8)[0, 0] == 0
+        assert torch.allclose(whole, pictures, atol=1e-5)
+        assert torch.allclose(drawn[..., kept], pictures[..., kept], atol=1e-5)
+        assert (drawn[..., ~kept] - again[..., ~kept]).abs().mean() > 0.1
+    else:  # known tokens are kept, and decoded
+        assert torch.allclose(whole, model.tokenizer.reconstruct(pictures), atol=1e-5)
+        assert not torch.equal(drawn, again)
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_var_codes_what_its_own_coarse_scales_leave_missing_of_the_known_part(cached):
+    model, pictures = tiny("var"), torch.rand(4, 3, 8, 8) * 2 - 1
+    seen = torch.ones(8, 8, dtype=torch.bool)
+    seen[:, 4:] = False
+    known = model.known_part(pictures, seen)
+    tokens = model.draw_tokens(LABELS, 2.0, cached=cached, known=known)
+    quantizer, cells = model.tokenizer.quantizer, seen[::2, ::2].flatten()
+    *_, before, _ = quantizer.sums(tokens)
+    wanted = quantizer.code(known.nan_to_num() - before, 3)
+    assert torch.equal(tokens[:, -16:][:, cells], wanted[:, cells])
+
+
 # --- Flow
 
 

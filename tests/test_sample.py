@@ -57,6 +57,37 @@ def test_samples_of_some_classes_and_with_frames(finished):
     assert np.array_equal(run.sample(2, label="plum", steps=3), plums)
 
 
+def test_a_picture_with_a_hole_is_completed(finished, own_images, tmp_path):
+    run, out = finished["flow"], tmp_path / "completed"
+    file, mask = own_images / "plum" / "0.png", tmp_path / "mask.png"
+    Image.fromarray(np.pad(np.full((16, 8), 255, np.uint8), ((8, 8), (4, 20)))).save(mask)
+    arguments = ["sample", str(run.folder), "--n", "3", "--label", "plum", "--steps", "3"]
+    for where in (["--hole", "4,8,8,16"], ["--mask", str(mask)]):
+        assert main([*arguments, "--known", str(file), "--out", str(out), *where]) == 0
+        with np.load(out / "samples.npz") as drawn:
+            images, known, seen = drawn["images"], drawn["known"], drawn["seen"]
+        picture = np.asarray(Image.open(file))
+        assert (known == picture).all() and (~seen).sum() == 8 * 16 and not seen[8:24, 4:12].any()
+        assert (images[:, seen] == picture[seen]).all(), "to the bit"
+        assert (images[:, ~seen] != picture[~seen]).mean() > 0.5
+    again = run.sample(3, label="plum", steps=3, known=picture, hole=(4, 8, 8, 16))
+    assert np.array_equal(again, images)
+
+
+@pytest.mark.parametrize(("method", "arguments", "said"), [
+    ("flow", ["--known", "PLUM"], "Which part is to be drawn"),
+    ("flow", ["--known", "PLUM", "--hole", "4,8,8"], "must be x,y,width,height"),
+    ("flow", ["--known", "PLUM", "--hole", "30,8,8,8"], "inside 32x32 pixels, got 30,8,8,8"),
+    ("flow", ["--hole", "4,8,8,8"], "need --known IMAGE"),
+    ("dit", ["--known", "PLUM", "--hole", "4,8,8,8"], "only a flow on pixels"),
+    ("pixel_ar", ["--known", "PLUM", "--hole", "4,8,8,8"], "unrecognized arguments: --known")])
+def test_what_cannot_be_completed_is_said(method, arguments, said, finished, own_images, capsys):
+    plum = str(own_images / "plum" / "0.png")
+    arguments = [plum if part == "PLUM" else part for part in arguments]
+    assert main(["sample", str(finished[method].folder), "--n", "2", *arguments]) != 0
+    assert said in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (dict(n=0), "at least 1"), (dict(labels=["pear"]), "no label 'pear'.*apple, plum"),
     (dict(labels=["2"]), "no label"), (dict(labels=["-1"]), "no label"),

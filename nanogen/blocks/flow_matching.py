@@ -92,7 +92,7 @@ def solve(velocity: Network, x0: Tensor, steps: int, method: str = "euler", t0: 
     euler follows the velocity at the start of the step, with an error of O(1/steps). midpoint takes
     the velocity in the middle, heun the mean of those at start and end: O(1/steps^2), twice the
     cost. Returns (B, ...), or with `frames` all states: (steps + 1, B, ...)."""
-    check(steps, method, *EVALUATIONS)
+    check_solver(steps, method, *EVALUATIONS)
     grid = torch.linspace(t0, t1, steps + 1, dtype=torch.float64).tolist()
 
     def slope(x: Tensor, t: float) -> Tensor:
@@ -112,7 +112,7 @@ def solve(velocity: Network, x0: Tensor, steps: int, method: str = "euler", t0: 
     return torch.stack(states) if frames else x
 
 
-def check(steps: int, method: str, *methods: str) -> None:
+def check_solver(steps: int, method: str, *methods: str) -> None:
     if method not in methods:
         raise ValueError(f"method must be one of {', '.join(methods)}, got {method!r}")
     if steps < 1:
@@ -120,8 +120,9 @@ def check(steps: int, method: str, *methods: str) -> None:
 
 
 def guide(model: Callable[..., Tensor], condition: Tensor, null: int | Tensor, g: float) -> Network:
-    """The guided network (x, t) of a model(x, t, condition): it runs the model on twice the batch,
-    unless g is 1. condition: (B, ...), such as labels; null: see `with_and_without`."""
+    """Classifier-free guidance: without + g (with - without the condition), a network (x, t) from a
+    model(x, t, condition). It runs the model on twice the batch, unless g is 1. condition: (B,
+    ...), such as labels; null: see `with_and_without`."""
     conditions, passes = with_and_without(condition, null, g), 1 if g == 1 else 2
 
     def network(x: Tensor, t: Tensor) -> Tensor:
@@ -147,9 +148,9 @@ def frames_curvature(frames: Tensor) -> Tensor:
 # ---- the baseline: diffusion, with the same network and the same direction of time
 
 def alpha_bar(t: Tensor) -> Tensor:
-    """The data's fraction of the variance in x_t = sqrt(alpha_bar) x_1 + sqrt(1 - alpha_bar) e, by
-    the cosine schedule: 1 at t=1 (data). At t=0 (noise) it is 1e-4, not 0, because samplers divide
-    by its root (the paper clips beta instead)."""
+    """The data's fraction of the variance in x_t = sqrt(alpha_bar) x_1 + sqrt(1 - alpha_bar) e,
+    with noise e, by the cosine schedule: 1 at t=1 (data). At t=0 (noise) it is 1e-4, not 0, because
+    samplers divide by its root (the paper clips beta instead)."""
     offset = 0.008  # of the paper: keeps the last steps before the data from being too small
     cosine = torch.cos((1 - t + offset) / (1 + offset) * math.pi / 2)
     at_data = math.cos(offset / (1 + offset) * math.pi / 2)
@@ -177,11 +178,11 @@ def solve_diffusion(network: Network, x0: Tensor, steps: int, method: str = "ddi
     draws a part of the noise anew (ancestral sampling with the posterior variance) and needs many
     steps. clip: keeps the estimate in [-clip, clip], 1 for images; near t=0 the network's error
     enters the estimate times 100. Result as in `solve`."""
-    check(steps, method, "ddim", "ddpm")
+    check_solver(steps, method, "ddim", "ddpm")
     grid = torch.linspace(0, 1, steps + 1, dtype=torch.float64)
     signals = alpha_bar(grid).tolist()
     x, states = x0, [x0]
-    for now, a, b in zip(grid.tolist(), signals[:-1], signals[1:], strict=False):
+    for now, a, b in zip(grid[:-1].tolist(), signals[:-1], signals[1:], strict=True):
         e = network(x, torch.full((len(x),), now, dtype=x.dtype, device=x.device))
         x1 = (x - math.sqrt(1 - a) * e) / math.sqrt(a)
         if clip is not None:

@@ -8,12 +8,13 @@
 
 One codebook serves all scales. phi, a 3x3 convolution averaged with the identity, repairs the blur
 of enlarging. The codes are constants, with one `straight_through` around the whole sum. Two losses,
-means over the scales, pull the sum to the features (phi learns) and those to it (commitment).
+averaged over the scales: one moves the sum towards the features (it trains phi), the other moves
+the features towards the sum (commitment).
 
 Source: Tian et al. 2024, "Visual Autoregressive Modeling" (VAR).
 Different from the paper: the codebook learns by moving averages with revival, in few dimensions, as
 in `quantize.py`; features lie on a sphere; running statistics bring the residual of each scale to
-mean 0 and std 1 (whitening): the small ones of fine scales would all get the same few codes.
+mean 0 and std 1 (whitening), or the small ones of fine scales would all get the same few codes.
 """
 
 from itertools import accumulate
@@ -39,7 +40,7 @@ class MultiScaleVQ(Quantizer):
         self.commitment, self.decay = commitment, decay
         self.codebook = Codebook(code_dim, codebook_size, False, decay, dead_below)
         self.phi = nn.ModuleList(nn.Conv2d(code_dim, code_dim, 3, padding=1) for _ in scales)
-        for conv in self.phi:  # the identity at first: random ones would add half of each scale
+        for conv in self.phi:  # the identity at first: random ones give about 0, half of a scale
             nn.init.dirac_(conv.weight)
             nn.init.zeros_(conv.bias)
         self.register_buffer("mean", torch.zeros(len(scales), code_dim))  # of residuals
@@ -57,7 +58,7 @@ class MultiScaleVQ(Quantizer):
             residual = cells(shrink(features - total.detach(), scale))  # (B, scale^2, code_dim)
             if self.training:
                 self.measure(k, residual.detach(), self.decay)
-            # clones: measuring the next scale changes both in place, before the backward pass
+            # clones, for notebook 04: the next `measure` changes both before the backward pass
             residual = (residual - self.mean[k].clone()) / self.std[k].clone()
             index = nearest(residual.detach(), self.codebook.vectors)
             total = total + self.enlarge(self.codes(residual, index), k)
@@ -71,7 +72,8 @@ class MultiScaleVQ(Quantizer):
         return q, torch.cat(indices, dim=1), loss / len(self.scales)
 
     def codes(self, residual: Tensor, index: Tensor) -> Tensor:
-        """Indices (B, scale^2) -> their codes (B, scale^2, code_dim), constants."""
+        """Indices (B, scale^2) -> their codes (B, scale^2, code_dim), constants; `residual` is for
+        notebook 04, which puts a straight-through estimator here."""
         return F.embedding(index, self.codebook.vectors)
 
     def output(self, z: Tensor, total: Tensor) -> Tensor:
@@ -110,8 +112,19 @@ class MultiScaleVQ(Quantizer):
             sums.append(self.add(sums, part, mask[0]))
         return sums
 
+    def features(self, x: Tensor) -> Tensor:
+        """Features (B, h, h, dim) as they are coded: (B, code_dim, h, h), float32."""
+        z = F.normalize(self.project_in(x.float()), dim=-1)
+        return (z * z.shape[-1] ** 0.5).permute(0, 3, 1, 2)
+
+    def code(self, rest: Tensor, k: int) -> Tensor:
+        """What is still missing (B, code_dim, h, h) -> its indices in scale k, (B, scale^2)."""
+        residual = cells(shrink(rest, self.scales[k]))
+        return nearest((residual - self.mean[k]) / self.std[k], self.codebook.vectors)
+
     def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
-        """Indices (B, L) as in `sums`; of the first scales: blurred -> codes (B, h^2, code_dim)."""
+        """Indices (B, L) as in `sums` -> the last sum (B, h^2, code_dim), blurred if scales
+        lack."""
         return cells(self.sums(indices, known)[-1])
 
     @torch.no_grad()

@@ -9,19 +9,20 @@ a Transformer on the latents of a KL tokenizer (as in Stable Diffusion 3 and Flu
 
 objective="ddpm" is the older method: predict the noise, on a curved path. objective="reflow"
 straightens a finished flow, the teacher. Lines between random pairs of noise and data cross, so the
-teacher's paths bend; but they do not cross. So a student that starts as the teacher and learns
-straight lines between the *ends* of its paths, drawn with guidance, needs fewer steps.
+teacher's paths bend; but these paths never cross. So a student that starts as a copy of the teacher
+and learns straight lines between the *ends* of the teacher's paths, drawn with guidance, needs
+fewer steps.
 
 Training should draw the times that the sampler asks for (`times`; t=0 is noise, t=1 data):
 
-    objective  training draws t from       t < 0.05  its sampler asks for
+    objective  training draws t from     P(t < 0.05)  its sampler asks for
     flow       logit-normal(0, 1), as SD3     0.16%  0, 1/16 ... 15/16 (midpoint, 8 steps)
     ddpm       uniform, as DDPM                  5%  0, 1/25 ... 24/25 (25 steps)
-    reflow     U-shaped (Lee et al. 2024)      9.4%  0 in one step; 0, 1/4, 1/2, 3/4 in four
+    reflow     U-shaped (Lee et al. 2024)      9.4%  0, 1/4, 1/2, 3/4 (euler, 4 steps)
 
-Flow's ends are rare, because they are easy: at t=0 the answer is the mean of the data - x_t. DDPM
+Flow's ends are rare, because they are easy: at t=0 the answer is (mean of the data) - x_t. DDPM
 divides its first answers by 0.01, so they must be good. heun also asks for t=1, as rare as t=0, and
-euler goes a whole step by its answer at t=0: for them, uniform times may be better.
+euler goes a whole step by its answer at t=0: for these solvers, uniform times may be better.
 
     python -m nanogen train flow --data cifar10
 
@@ -104,8 +105,9 @@ class Flow(Method):
             self.shape = (3, config.size, config.size)
             self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         if reflow:
-            self.freeze(teacher=base)
-            self.load_state_dict(base.state_dict())
+            self.freeze(teacher=base)  # only training needs it
+            if base is not None:
+                self.load_state_dict(base.state_dict())
 
     @staticmethod
     def requires(config: Config) -> Requirement | None:
@@ -113,7 +115,8 @@ class Flow(Method):
             return Requirement("tokenizer", {"bottleneck": "kl", "size": config.size})
         if config.objective == "reflow":  # the student starts with the weights of its teacher
             net = ("network", "widths", "blocks", "attention_at", "width", "size")
-            return Requirement("flow", {"objective": "flow"} | {f: getattr(config, f) for f in net})
+            fields = {"objective": "flow"} | {name: getattr(config, name) for name in net}
+            return Requirement("flow", fields, training_only=True)
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """dit: "images" (B, 3, H, W) -> "latents" (B, C, h, w). reflow: for each of the "labels"
@@ -151,32 +154,51 @@ class Flow(Method):
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int | None = None,
                method: str | None = None, guidance: float = 1.0, temperature: float = 1.0,
-               seed: int = 0, frames: bool = False) -> dict:
-        """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": those after each step.
-        method, steps: of the solver. Defaults: midpoint (or heun, euler), 8 steps of 2 evaluations;
-        for ddpm ddim (or ddpm), 25 steps. temperature scales the starting noise. Reflow draws with
-        its teacher's guidance: ValueError for another."""
+               known: Tensor | None = None, seed: int = 0, frames: bool = False) -> dict:
+        """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": the noise, then after each
+        step. method, steps: of the solver. Defaults: midpoint (or heun, euler), 8 steps of 2
+        evaluations; for reflow euler, 4 steps; for ddpm ddim (or ddpm), 25 steps. temperature
+        scales the starting noise. known: images that stay, NaN where to draw. Reflow draws with its
+        teacher's guidance: 1 means it, too; ValueError for another."""
         config, labels = self.config, conditions["labels"]
         reflow, ddpm = config.objective == "reflow", config.objective == "ddpm"
         if reflow and guidance not in (1, config.reflow_guidance):
             raise ValueError(f"guidance {config.reflow_guidance:g} is trained in and cannot become "
                              f"{guidance:g}: leave it out, or train with another reflow_guidance")
         field = fm.guide(self, labels, config.classes, 1.0 if reflow else guidance)
-        steps = (25 if ddpm else 8) if steps is None else steps
+        if steps is None:
+            steps = {"ddpm": 25, "reflow": 4}.get(config.objective, 8)
+        method = method or {"ddpm": "ddim", "reflow": "euler"}.get(config.objective, "midpoint")
         rng = torch.Generator(labels.device).manual_seed(seed)
         x0 = temperature * torch.randn(len(labels), *self.shape, generator=rng, device=rng.device)
+        if known is not None:
+            field = pinned(field, known, x0)
         if ddpm:
             clip = 1.0 if config.network == "unet" else None
-            states = fm.solve_diffusion(field, x0, steps, method or "ddim", clip, True, rng)
+            states = fm.solve_diffusion(field, x0, steps, method, clip, frames=True, generator=rng)
         else:
-            states = fm.solve(field, x0, steps, method or "midpoint", frames=True)
+            states = fm.solve(field, x0, steps, method, frames=True)
         images = [self.to_images(x) for x in (states if frames else states[-1:])]
         return {"images": images[-1]} | ({"frames": images} if frames else {})
+
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """See `Method.known_part`: images (B, 3, H, W), NaN where they are to be drawn."""
+        if (self.config.network, self.config.objective) != ("unet", "flow"):
+            raise ValueError("only a flow on pixels keeps a part of an image: network unet, "
+                             "objective flow")
+        return torch.where(seen, images, torch.nan)
 
     def to_images(self, x: Tensor) -> Tensor:
         """The end of a path -> images in [-1, 1]: pixels are clipped, latents decoded."""
         pixels = self.config.network == "unet"
         return x.clamp(-1, 1) if pixels else self.tokenizer.decode(self.latents.inverse(x))
+
+
+def pinned(velocity: fm.Network, known: Tensor, x0: Tensor) -> fm.Network:
+    """The velocity field, but what is known (B, C, H, W), where not NaN, goes on a straight line
+    from its noise x0: so the network sees it at the right noise level, and it arrives unchanged
+    (as RePaint does for diffusion: Lugmayr et al. 2022)."""
+    return lambda x, t: torch.where(known.isnan(), velocity(x, t), known - x0)
 
 
 class LatentTransformer(nn.Module):

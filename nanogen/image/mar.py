@@ -39,7 +39,7 @@ from nanogen.blocks.transformer import (
     rotary_angles,
 )
 from nanogen.image import check_transformer
-from nanogen.image.tokenizer import show_partial
+from nanogen.image.tokenizer import show_partial, split_known
 from nanogen.method import Method, Requirement, check, choose, unused
 
 PATCH = 4  # pixels on a side of a patch
@@ -148,10 +148,11 @@ class MAR(Method):
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 12, guidance: float = 1.0,
                temperature: float = 1.0, order: str | None = None, head_steps: int | None = None,
-               seed: int = 0, frames: bool = False) -> dict:
+               known: Tensor | None = None, seed: int = 0, frames: bool = False) -> dict:
         """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
         steps: Transformer passes; if there are fewer tokens, one for each. head_steps, temperature:
-        of the head (None: flow 8, diffusion 16 steps). order: halton or random."""
+        of the head (None: flow 8, diffusion 16 steps). order: halton or random. known: vectors
+        (B, T, token_dim) that stay, NaN: to draw."""
         labels, count, order = conditions["labels"], self.grid**2, order or self.config.order
         if order not in ("halton", "random"):
             raise ValueError(f"order must be halton or random, got {order!r}")
@@ -160,13 +161,18 @@ class MAR(Method):
         batch, generator = len(labels), torch.Generator(labels.device).manual_seed(seed)
         keys = torch.rand(batch, count, generator=generator, device=labels.device)
         keys = self.halton.expand(batch, count) if order == "halton" else keys
+        tokens = torch.full((batch, count, self.token_dim), torch.nan, device=labels.device)
+        tokens = tokens if known is None else known.to(tokens)
+        given = ~tokens.isnan().any(2)  # (B, T)
+        keys = keys.masked_fill(given, -1)  # what is given comes first
+        before = int(given.sum(1).min())  # the image with the fewest sets the pace
         positions = keys.argsort(1)  # (B, T) in the order of drawing
         ranks = positions.argsort(1)  # (B, T) when each one is drawn
         labels = with_and_without(labels, self.config.classes, guidance)
-        tokens = self.embedding.weight.new_zeros(batch, count, self.token_dim)
-        copies, before, images = 1 if guidance == 1 else 2, 0, []
-        for after in reveal_schedule(count, min(steps, count)):  # known before and after a pass
-            now, masked = positions[:, before:after], ranks >= before  # (B, n) to draw, (B, T)
+        copies, images, left = 1 if guidance == 1 else 2, [], count - before
+        for new in reveal_schedule(left, min(steps, left)):  # how many are drawn after a pass
+            after = count - left + new
+            now, masked = positions[:, before:after], (ranks >= before) & ~given  # to draw; (B, T)
             # z of all tokens (copies B, T, width), then of those to draw: (copies B n, width)
             z = self.hidden_states(tokens.repeat(copies, 1, 1), masked.repeat(copies, 1), labels)
             z = z.take_along_dim(now.repeat(copies, 1)[..., None], 1).flatten(0, 1)
@@ -176,10 +182,19 @@ class MAR(Method):
             if self.codes is not None:  # a flow head may miss the codes: take the nearest
                 drawn = self.codes[nearest(drawn, self.codes)]
             drawn = drawn.view(batch, -1, self.token_dim).to(tokens.dtype)
-            tokens, before = tokens.scatter(1, now[..., None].expand_as(drawn), drawn), after
-            if frames or after == count:
-                images.append(self.to_images(tokens, ranks < after))
+            drawn = tokens.scatter(1, now[..., None].expand_as(drawn), drawn)
+            tokens, before = torch.where(given[..., None], tokens, drawn), after
+            if frames:
+                images.append(self.to_images(tokens, (ranks < after) | given))
+        images = images or [self.to_images(tokens, torch.ones_like(given))]
         return {"images": images[-1]} | ({"frames": images} if frames else {})
+
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """See `Method.known_part`: vectors (B, T, token_dim), NaN where they are to be drawn."""
+        images, cells = split_known(images, seen, self.grid)
+        batch = {"images": images, "labels": None}
+        tokens = self.to_tokens(self.prepare(batch) if self.encodes else batch)
+        return tokens.masked_fill(~cells[:, None], torch.nan)
 
     # ---- tokens: latents of a KL tokenizer as in the paper; ours: codes, patches
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -205,7 +220,7 @@ class MAR(Method):
         if self.config.tokens == "codes":
             indices = nearest(tokens.flatten(0, 1), self.codes).view(known.shape)
             return show_partial(self.tokenizer, indices.masked_fill(~known, -1))
-        x = self.standardize.inverse(tokens * known[..., None])  # the mean where not known
+        x = self.standardize.inverse(tokens.where(known[..., None], 0))  # the mean where not known
         x = x.mT.unflatten(2, (self.grid, self.grid))
         x = self.tokenizer.decode(x) if self.encodes else F.pixel_shuffle(x, PATCH).clamp(-1, 1)
         cells = known.float().view(-1, 1, self.grid, self.grid)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from nanogen.blocks import sampling, transformer
 from nanogen.blocks.transformer import CodeEmbedding, ConditionEmbedding, drop_labels
 from nanogen.image import check_transformer
-from nanogen.image.tokenizer import show_partial
+from nanogen.image.tokenizer import known_tokens, show_partial
 from nanogen.method import Method, Requirement, check, choose
 
 
@@ -78,6 +78,10 @@ class MaskGIT(Method):
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> their "tokens" (B, T); the labels stay."""
         return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
+
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """See `Method.known_part`: tokens (B, T), -1 where they are to be drawn."""
+        return known_tokens(self.tokenizer, images, seen)
 
     def logits(self, tokens: Tensor, labels: Tensor, tables: tuple | None = None) -> Tensor:
         """Tokens (B, T), some of them `mask` -> logits of all positions (B, T, codebook_size)."""

@@ -16,15 +16,16 @@ mean is learned.
 
 Training draws t <= r, two sorted logit-normal(2, 2) values; a quarter of the batch has r = t. A
 sampler of one step asks for t = 0, r = 1, and 0.9% of the pairs have r - t > 0.9. With logit-normal
-(0.4, 1) only 0.0014% have, and one step would hardly be trained. FD-nano: see
-the README's glossary.
+(0.4, 1) only 0.0014% have, and one step would hardly be trained. FD-nano (README, glossary)
+measures the distance from real images: lower is better.
 
     python -m nanogen train meanflow --data cifar10      # 17 minutes on 2 CPU threads: FD-nano 64
 
 Source: Geng et al. 2025, "Mean Flows for One-step Generative Modeling" (times as for its CIFAR-10
 model); there, time runs from data to noise, so r <= t. Different here: a U-Net on pixels; the mean
-squared error, not the sum, in the weight of the loss; slower times (`SLOW`); no conditional
-prediction of the network in the target. Ours, with a switch for each:
+squared error, not the sum, in the weight of the loss; slower times (`SLOW`); the guided target
+mixes only the line's v and the prediction without label (the paper may add the one with it). Ours,
+with a switch for each:
 
     difference      du/dt is the change of u over a tenth of the interval: one more pass. The
                     derivative of the paper ("jvp", forward mode) costs four to six on a CPU.
@@ -56,7 +57,7 @@ SLOW = 0.05  # t is embedded as SLOW t: waves of 1,000 rad per unit would make d
 @dataclass
 class Config:
     interval_fraction: float = 0.75  # fraction of the batch with r != t; the rest is flow matching
-    interval_start: float = 0.73  # fraction of the training without pairs with r != t
+    interval_start: float = 0.73  # pairs with r != t come after this fraction of the training
     time_mean: float = 2.0  # mean of the logit-normal times before the sigmoid: > 0 is nearer data
     time_std: float = 2.0  # their standard deviation: a larger one draws more long intervals
     derivative: str = "difference"  # du/dt: difference, or jvp (exact, slow on a CPU)
@@ -84,7 +85,8 @@ class Config:
 
 def draw_times(count: int, intervals: int, mean: float = 2.0, std: float = 2.0,
                device=None) -> tuple[Tensor, Tensor]:
-    """t <= r, two sorted logit-normal draws: (count,) each. After the first `intervals`, r = t."""
+    """t <= r, two sorted logit-normal draws: (count,) each. After the first `intervals`, r is set
+    to t, the smaller of the two, as in the paper."""
     t, r = logit_normal_times(2 * count, device, mean, std).view(2, count).sort(dim=0).values
     r[intervals:] = t[intervals:]
     return t, r
@@ -101,9 +103,9 @@ def jvp(u: Average, x: Tensor, v: Tensor, t: Tensor, r: Tensor, labels: Tensor) 
 @torch.no_grad()
 def difference(u: Average, x: Tensor, v: Tensor, t: Tensor, r: Tensor, labels: Tensor, now: Tensor,
                fraction: float) -> Tensor:
-    """About the same: the change of u from t to t + fraction (r - t), divided by that time. now:
-    u(x, t, r). A longer difference has less noise, and a target that no longer depends on u at t
-    alone (Zhang et al. 2025, "AlphaFlow")."""
+    """An approximation of `jvp` by one more pass: the change of u from t to t + h along the path,
+    divided by h = fraction (r - t) + 0.0001. now: u(x, t, r). A longer difference has less noise
+    and a larger error (Zhang et al. 2025, "AlphaFlow", shorten it during the training)."""
     h = fraction * (r - t) + 1e-4  # never 0
     later = u(x + expand(h, x) * v, t + h, r, labels)
     return (later - now) / expand(h, x)
@@ -120,10 +122,9 @@ def meanflow_loss(u: Average, x1: Tensor, labels: Tensor, config: Config, interv
     x0 = torch.randn_like(x1)
     x_t = torch.lerp(x0, x1, expand(t, x1))
     predicted = u(x_t, t, r, labels)
-    v = x1 - x0 if guide is None else guide(x_t, t, x1 - x0)
-    target = v.clone()
+    target = x1 - x0 if guide is None else guide(x_t, t, x1 - x0)  # right where r = t
     if intervals:
-        x, v, t_, r_, labels = (tensor[:intervals] for tensor in (x_t, v, t, r, labels))
+        x, v, t_, r_, labels = (part[:intervals] for part in (x_t, target, t, r, labels))
         if config.tangent == "network":
             with torch.no_grad():
                 v = u(x, t_, t_, labels)
@@ -160,7 +161,7 @@ class MeanFlow(Method):
         self.interval = TimeEmbedding(config.width)  # of r - t
         self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         for module in self.network.modules():
-            if isinstance(module, nn.GroupNorm):
+            if config.derivative == "jvp" and isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(for_forward_mode)
 
     def forward(self, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor) -> Tensor:
@@ -171,7 +172,7 @@ class MeanFlow(Method):
         """batch: "labels" (B,), "images" (B, 3, H, W). Logs the errors for r = t and for r != t."""
         config, count = self.config, len(batch["images"])
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
-        begun = self.progress >= config.interval_start or not self.training
+        begun = self.progress >= config.interval_start or not self.training  # always if held out
         loss, error, length = meanflow_loss(
             self, batch["images"], labels, config,
             math.ceil(config.interval_fraction * count) if begun else 0,
@@ -192,9 +193,9 @@ class MeanFlow(Method):
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 1, guidance: float = 1.0,
                temperature: float = 1.0, seed: int = 0, frames: bool = False) -> dict:
-        """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": those after each step.
-        steps: evaluations of the network; temperature scales the starting noise; guidance: 1 or
-        the one that is trained in, which draw the same, else ValueError."""
+        """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": the noise, then after each
+        step. steps: evaluations of the network; temperature scales the starting noise; guidance is
+        trained in: 1 means it, too, and another one is a ValueError."""
         trained, labels = self.config.guidance, conditions["labels"]
         if guidance not in (1, trained):
             raise ValueError(f"guidance {trained:g} is trained in and cannot become {guidance:g}")

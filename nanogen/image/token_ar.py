@@ -25,7 +25,7 @@ from nanogen.blocks.neighbours import raster_neighbours
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
 from nanogen.blocks.transformer import CodeEmbedding, ConditionEmbedding, drop_labels
 from nanogen.image import check_transformer
-from nanogen.image.tokenizer import show_partial
+from nanogen.image.tokenizer import known_tokens, show_partial
 from nanogen.method import Method, Requirement, choose
 
 
@@ -72,6 +72,10 @@ class TokenAR(Method):
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Images (B, 3, H, W) -> their "tokens" (B, T); the labels stay."""
         return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
+
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """See `Method.known_part`: tokens (B, T), -1 where they are to be drawn."""
+        return known_tokens(self.tokenizer, images, seen)
 
     def tables(self) -> list[Tensor]:
         """The vectors of all tokens, for each neighbour and the head; a sampler needs them once."""

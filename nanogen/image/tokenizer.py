@@ -175,6 +175,21 @@ def perceptual_loss(network: nn.Module, images: Tensor, target: Tensor) -> Tenso
     return sum((a - b).square().sum(1).mean() for a, b in pairs)
 
 
+def split_known(images: Tensor, seen: Tensor, grid: int) -> tuple[Tensor, Tensor]:
+    """For the encoder: images (B, 3, H, W) with their mean colour where they are not `seen`, bool
+    (H, W), since what is there must not leak into known tokens; and which of the grid^2 cells are
+    seen as a whole, (T,)."""
+    mean = images[:, :, seen].mean(2)[..., None, None] if seen.any() else 0
+    cells = 1 - F.adaptive_max_pool2d((~seen).float()[None], grid)
+    return torch.where(seen, images, mean), cells.flatten().bool()
+
+
+def known_tokens(tokenizer: Tokenizer, images: Tensor, seen: Tensor) -> Tensor:
+    """Tokens (B, T) of images (B, 3, H, W), -1 where a cell is not `seen`, bool (H, W)."""
+    filled, cells = split_known(images, seen, tokenizer.grid)
+    return tokenizer.encode(filled).masked_fill(~cells, -1)
+
+
 def show_partial(tokenizer: Tokenizer, tokens: Tensor) -> Tensor:
     """Decode tokens (B, T), some of them -1, unknown, and paint unknown cells grey: (B, 3, H, W).
     The decoder sees the mean of all codes there, so that no code colours the known cells nearby."""

@@ -28,6 +28,7 @@ a 3x3 convolution over the input; scales double.
 """
 
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,7 @@ from nanogen.blocks.transformer import (
     rotary_angles,
 )
 from nanogen.image import check_transformer
+from nanogen.image.tokenizer import split_known
 from nanogen.method import Method, Requirement, check
 
 
@@ -77,14 +79,14 @@ class VAR(Method):
         self.scales = scales = base.quantizer.scales  # sides: 1, 2, 4, 8
         pass_of, self.scale_of_pass = plan(scales, config.passes)
         self.pass_sizes = pass_of.bincount().tolist()  # tokens of each pass
-        self.scale_ends = torch.tensor([side**2 for side in scales]).cumsum(0).tolist()
+        self.scale_ends = list(accumulate(side**2 for side in scales))
         self.label = ConditionEmbedding(config.classes, width)
         self.embed = nn.Conv2d(base.config.code_dim, width, 3, padding=1)
         self.pass_embedding = nn.Embedding(len(self.pass_sizes), width)
         self.transformer = Transformer(width, config.depth, config.heads, dropout=config.dropout)
         self.head = CodeEmbedding(base.code_vectors(), width, zero=True)  # vectors of the K codes
         centres = [(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales]
-        order = pass_of.argsort(stable=True)  # (T,) tokens, pass by pass; below all in this order
+        order = pass_of.argsort(stable=True)  # (T,): the token at each place, pass by pass
         angles = rotary_angles(torch.cat(centres)[order], width // config.heads)
         i, k = pass_of[order], torch.tensor(self.scale_of_pass)[pass_of[order]]  # pass, scale (T,)
         blind = (i[:, None] == i) | (k[:, None] > k)  # its own pass, coarser scales, nothing else
@@ -101,17 +103,24 @@ class VAR(Method):
         """Images (B, 3, H, W) -> their "tokens" (B, T), coarse to fine; the labels stay."""
         return {"tokens": self.tokenizer.encode(batch["images"]), "labels": batch["labels"]}
 
+    def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
+        """See `Method.known_part`: features (B, code_dim, h, h), NaN where they are to be drawn."""
+        images, known = split_known(images, seen, self.scales[-1])
+        features = self.tokenizer.encoder(images).permute(0, 2, 3, 1)
+        features = self.tokenizer.quantizer.features(features)
+        return features.where(known.view(features.shape[-2:]), torch.nan)
+
     def input(self, tokens: Tensor, i: int, sums: list[Tensor], blind: bool = False) -> Tensor:
         """Input of pass i: (B, its tokens, width), from the features so far (B, code_dim, 8, 8).
         tokens: (B, T). Those of pass i and later are not used: their cells get the mean of their
         scale. So pass 0 sees only a mean: there is no start token. sums: the features after each
-        finished scale; give an empty list for pass 0, then the same list again: the missing ones
-        are appended. blind: see the mask above."""
+        finished scale, a cache of the caller: [] before pass 0, then the same list for every pass;
+        what is missing is appended. blind: see the mask above."""
         scale, quantizer = self.scale_of_pass[i], self.tokenizer.quantizer
         side, end = self.scales[scale], self.scale_ends[scale]
         own = slice(end - side**2, end)  # tokens of this scale
         cells = self.order.split(self.pass_sizes)[i] - own.start  # numbered in their scale
-        # With the mask, a blind later pass looks as the first pass does in training.
+        # A blind pass gets what the first pass of its scale gets in training, for other cells.
         i = self.scale_of_pass.index(scale) if blind else i
         with torch.no_grad():
             parts = quantizer.split(tokens[:, :end])
@@ -140,7 +149,8 @@ class VAR(Method):
     @torch.no_grad()
     def draw_tokens(self, labels: Tensor, guidance: float = 1.0, temperature: float = 1.0,
                     seed: int = 0, top_k: int = 0, top_p: float = 1.0, hide_scale: bool = True,
-                    cached: bool = True, prefix: Tensor | None = None) -> Tensor:
+                    cached: bool = True, known: Tensor | None = None,
+                    prefix: Tensor | None = None) -> Tensor:
         """The tokens of images of these labels (B,): (B, T). Settings: see `sample`. prefix: tokens
         (B, n) of the first scales, which stay; ValueError if the last of these is incomplete."""
         count, finest, ends = len(labels), len(self.scales) - 1, self.scale_ends
@@ -170,15 +180,24 @@ class VAR(Method):
             logits = logits[:count] if strength == 1 else apply_guidance(logits, strength)
             if ends[scale] > given:  # given scales only fill the cache
                 tokens[:, positions] = draw(logits, generator, temperature, top_k, top_p)
+            if known is not None:  # what its features still lack, where a cell is known as a whole
+                rest = known - (sums[scale - 1] if scale else 0)
+                whole = ~shrink(rest, self.scales[scale]).isnan().any(1).flatten(1)
+                own = slice(ends[scale] - self.scales[scale]**2, ends[scale])
+                codes = self.tokenizer.quantizer.code(rest, scale)
+                tokens[:, own] = torch.where(whole, codes, tokens[:, own])
         return tokens
 
     def sample(self, conditions: dict[str, Tensor], *, guidance: float = 1.0,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0, cached: bool = True,
-               hide_scale: bool = True, seed: int = 0, frames: bool = False) -> dict:
+               hide_scale: bool = True, known: Tensor | None = None, seed: int = 0,
+               frames: bool = False) -> dict:
         """Images of these "labels" (B,): {"images": (B, 3, H, W) in [-1, 1]}, perhaps "frames".
-        hide_scale: see the top. cached=False computes the past anew. Others: blocks/sampling.py."""
-        settings = guidance, temperature, seed, top_k, top_p, hide_scale, cached
-        tokens, images = self.draw_tokens(conditions["labels"], *settings), []
+        hide_scale: see the top. cached=False computes the past anew. known: features (B, code_dim,
+        h, h) that stay, NaN: to draw. Others: blocks/sampling.py."""
+        tokens, images = self.draw_tokens(
+            conditions["labels"], guidance, temperature, seed, top_k=top_k, top_p=top_p,
+            hide_scale=hide_scale, cached=cached, known=known), []
         for i in range(0 if frames else len(self.pass_sizes) - 1, len(self.pass_sizes)):
             end = self.scale_ends[self.scale_of_pass[i]]
             images.append(self.tokenizer.decode(tokens[:, :end], known=self.pass_of[:end] <= i))

@@ -23,28 +23,29 @@ from nanogen.method import METHODS
 PIXELS, WAVE = np.arange(256).reshape(16, 16), np.tile(np.arange(48), (16, 1))
 NOISE, DISC = np.random.default_rng(0).random((16, 16)), np.hypot(*np.mgrid[-6:10, -8:8]) < 5
 MAP = [  # a chapter and its idea; a method, its unit, order, loss, passes, likelihood, drawing
-    ("1  Everything can be a chain", "Predict the next unit. Tokens make the chain short."),
+    ("A  Everything can be a chain", "Predict the next unit. Tokens make the chain short."),
     ("pixel_ar", "pixel", "row by row", "cross-entropy", "1,024", "yes", [PIXELS]),
     ("wave_ar", "sample of sound", "in time", "cross-entropy", "8,000 a second", "yes", [WAVE]),
     ("token_ar", "discrete token", "row by row", "cross-entropy", "64", "of the tokens",
      [PIXELS[:8, :8]]),
-    ("audio_lm", "discrete token", "in time, 4 a frame,\neach a pass later", "cross-entropy",
-     "66 a second", "of the tokens", [np.add.outer(np.arange(4), np.arange(24))]),
-    ("2  Break the order", "Draw many tokens in one pass: fewer passes."),
+    ("audio_lm", "discrete token", "frame by frame,\n4 codes (delayed)", "cross-entropy",
+     "66 a second", "of the tokens", [np.add.outer(np.arange(4), np.arange(12))]),
+    ("B  Break the order", "Sample many tokens in one pass: fewer passes."),
     ("maskgit", "discrete token", "any order", "cross-entropy", "12", "no", [NOISE[:8, :8]]),
     ("var", "discrete token", "from coarse to\nfine scales", "cross-entropy", "6",
      "of the tokens", [np.full((side, side), step) for step, side in enumerate((1, 2, 4, 8))]),
-    ("3  Continuous tokens", "No codebook, no rounding; but squared error draws blurred averages."),
+    ("C  Continuous tokens", "No codebook, no rounding; but squared error gives blurred averages."),
     ("mar (mse)", "continuous token", "any order", "squared error", "12", "no", [NOISE[8:, :8]]),
-    ("4  A head that draws them", "The Transformer describes a token, and a small flow draws it."),
+    ("D  A head that samples them", "The Transformer describes a token; a small flow samples it."),
     ("mar", "continuous token", "any order", "flow matching", "12 + head", "no", [NOISE[8:, :8]]),
-    ("5  Flow", "Noise becomes the whole image: no tokens, no order."),
+    ("E  Flow", "Noise becomes the whole image: no tokens, no order."),
     ("flow", "whole image", "all at once", "flow matching", "16", "not here",
      [(1 - t) * NOISE + t * DISC for t in (0, 0.6, 1)]),
     ("meanflow", "whole image", "all at once", "average velocity", "1", "no", [NOISE, DISC]),
 ]
 COLOURS = {"p": "Greys", "s": "Greys", "d": "Blues", "c": "Oranges", "w": "Greens"}  # by unit
-HEADINGS = {20: "method", 150: "light first, dark last", 318: "unit", 480: "order", 655: "loss",
+HEADINGS = {20: "method", 150: "what comes first\n(light) and last (dark)", 318: "unit",
+            480: "order", 655: "loss",
             812: "passes for\na 32x32 image", 970: "exact\nlikelihood"}
 
 
@@ -75,7 +76,7 @@ def draw_runs(runs: list[Run]) -> Figure:
             for example, (_, train) in zip(test, one_each(dataset.train, main, names), strict=True)]
     rows, suffix = {"real": real}, f"-{dataset.name}"
     for run in runs:
-        name = f"{run.folder.name.removesuffix(suffix)}\n{orders.get(run.method, 'decoded')}"
+        name = f"{run.folder.name.removesuffix(suffix)}\n{orders.get(run.method, 'reconstructed')}"
         if run.model.kind == "tokenizer":
             batch = pad(real)[0] if sound else to_tensor(np.stack(real), run.model.config.size)
             copies = apply(run.model.decode, apply(run.model.encode, batch)).float()
@@ -115,6 +116,7 @@ def draw_map() -> Figure:
             axes.text(x, y + 26, text, va="center", size=11.5, weight=700 if x == 20 else 400,
                       color=colormaps[colour](0.85) if x == 318 else "black")
         y += 53
-    axes.text(20, y + 24, "Guidance doubles the passes. A flow's likelihood needs an ODE solver.")
+    axes.text(20, y + 24, "tokenizer and codec make the tokens. "
+              "Guidance doubles the passes. A flow's likelihood needs an ODE solver.")
     axes.set(xlim=(0, 1100), ylim=(850, 0), aspect="auto")
     return figure

@@ -25,7 +25,7 @@ def recipes(method: str) -> dict:
 
 
 def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dict:
-    """The recipe for a data set; another one is treated like cifar10, or like fsdd if it sounds."""
+    """The recipe for a data set. One without its own gets cifar10's, or fsdd's if it is sounds."""
     known = recipes(method)
     usual = "fsdd" if kind == "sounds" else "cifar10"
     found = known.get(whole(data)) or known.get(usual) or {"default": {}}
@@ -46,8 +46,9 @@ def minutes_here(recipe: dict) -> float | None:
 
 
 def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> dict:
-    """The recipe of a required run: "tour" and "tour perceptual" where they exist, for a run by the
-    recipe "tour", else the one that the requirement names."""
+    """The recipe of a required run. By the recipe "tour", a tokenizer takes "tour", and a
+    perceptual network "tour perceptual"; where that does not exist, the one that the requirement
+    names."""
     name = f"{recipe} {need.recipe}".removesuffix(" default")
     try:
         return find_recipe(need.method, data, kind, name)

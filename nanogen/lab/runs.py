@@ -48,7 +48,7 @@ from nanogen.lab.folders import (
 from nanogen.lab.machine import join_processes
 from nanogen.lab.prepare import check_size, held_out, prepare, remarks
 from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
-from nanogen.lab.sample import sample
+from nanogen.lab.sample import read_known, sample
 from nanogen.lab.train import Training, check_batch, draw_batch, read_state, train
 from nanogen.method import METHODS, Method, Requirement, find
 
@@ -83,12 +83,16 @@ class Run:
     def sample(self, n: int = 16, seed: int = 0, **settings):
         """Draw n images uint8 (n, H, W, 3), videos uint8 (n, T, H, W, 3) or a list of n waveforms.
         settings: conditions by their singular (label="horse", speaker=["theo", "lucas"]), and
-        settings of the sampler (steps, guidance, ...). Raises UserError for what does not exist."""
+        settings of the sampler (steps, guidance, ...). known: an image of which a part stays, with
+        hole or mask, as for `read_known`. Raises UserError for what does not exist."""
         conditions = {}
         for name in self.model.conditions:
             if (said := settings.pop(name.removesuffix("s"), None)) is not None:
                 conditions[name] = said if isinstance(said, list | tuple) else [said]
-        drawn = sample(self, n, conditions, seed, **settings)
+        if (known := settings.pop("known", None)) is not None:
+            known = known if isinstance(known, list | tuple) else [known]
+            known = read_known(self, known, settings.pop("hole", None), settings.pop("mask", None))
+        drawn = sample(self, n, conditions, seed, known=known, **settings)
         if self.model.output == "waveforms":
             pairs = zip(drawn["waveforms"], drawn["lengths"], strict=True)
             return [waveform[:length] for waveform, length in pairs]

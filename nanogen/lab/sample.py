@@ -45,12 +45,13 @@ def sampler_settings(model: Method) -> dict[str, type]:
 
 def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, seed: int = 0,
            frames: bool = False, batch_size: int = 250, out: Path | None = None,
-           **settings) -> dict[str, np.ndarray]:
+           known: tuple | None = None, **settings) -> dict[str, np.ndarray]:
     """Draw n outputs -> {"images" uint8 (N, H, W, 3)}, {"videos" uint8 (N, T, H, W, 3)} or
     {"waveforms" float32 (N, T), "lengths", "sample_rate"}, and the conditions: "labels" int64 (N,).
     conditions: name -> values (class names or numbers, texts, files; all classes unless told). The
     first condition is spread evenly over the samples, in order, the others take turns. settings: of
     the sampler. frames: also "frames" uint8 (S, N, H, W, 3), how images come to be. out: a folder.
+    known: what `read_known` returns, images of which a part stays; they take turns, too.
     """
     model, conditions = run.model, conditions or {}
     if n < 1 or not 0 <= seed < 2**63:
@@ -59,10 +60,10 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     if model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample.")
     settings = {name: value for name, value in settings.items() if value is not None}
-    for kind, said, known in (("condition", conditions, model.conditions),
+    for kind, said, there in (("condition", conditions, model.conditions),
                               ("sampler setting", settings, sampler_settings(model))):
-        for name in said.keys() - known.keys():
-            raise UserError(f"{run.method} has no {kind} {name!r}: choose from {', '.join(known)}.")
+        for name in said.keys() - there.keys():
+            raise UserError(f"{run.method} has no {kind} {name!r}: choose from {', '.join(there)}.")
     settings = run.record["sampling"] | settings
     with files.explained(f"{run.method}: {{reason}}.", ValueError, TypeError):
         check_settings(settings, sampler_settings(model))
@@ -77,6 +78,10 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         batch = {name: to_batch(values[first : first + batch_size], model.conditions[name])
                  for name, values in chosen.items()}
         grow = {"frames": True} if shows and (frames or (out and i == 0)) else {}
+        if known:
+            images, seen = (part.to(machine.device()) for part in known)
+            turns = torch.arange(first, min(first + batch_size, n)) % len(images)
+            grow["known"] = ask(run, model.known_part, images[turns], seen)
         drawn = ask(run, model.sample, batch, seed=machine.seed_of(seed, i), **grow, **settings)
         growth.append([to_uint8(moment) for moment in drawn.pop("frames", [])])
         outputs.append(drawn)
@@ -84,6 +89,9 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     for name, kind in model.conditions.items():
         if kind in ("class", "text"):
             arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
+    if known:
+        arrays |= {"known": to_uint8(known[0][torch.arange(n) % len(known[0])]),
+                   "seen": known[1].numpy()}
     if out:
         write_samples(arrays, run, Path(out), growth[0])
     if frames:
@@ -103,6 +111,34 @@ def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
     if kind == "image":
         return [to_float(read_image(file, run.model.config.size)[None])[0] for file in said]
     return [torch.from_numpy(read_sound(file)) for file in said]
+
+
+def read_known(run: "Run", pictures: list, hole: tuple | None = None,
+               mask: str | Path | None = None) -> tuple[Tensor, Tensor]:
+    """Pictures (files, or arrays uint8 (H, W, 3)) of which a part stays: float (K, 3, size, size),
+    at the size of the model; and bool (size, size), where they stay. hole: (x, y, width, height) of
+    the rectangle to draw, in pixels at that size, from the upper left. mask: a picture instead, its
+    central square, white where to draw. UserError for a hole outside the image."""
+    size = getattr(run.model.config, "size", 0)
+    if "known" not in inspect.signature(run.model.sample).parameters or not size:
+        raise UserError(f"{run.method} cannot keep a part of an image.")
+    if (hole is None) == (mask is None):
+        raise UserError(f"Which part is to be drawn? --hole x,y,width,height in {size}x{size} "
+                        "pixels, or --mask FILE, white there.")
+    arrays = [picture if isinstance(picture, np.ndarray) else read_image(picture, size)
+              for picture in pictures]
+    if any(array.shape != (size, size, 3) for array in arrays):
+        raise UserError(f"{run.folder} keeps images of {size}x{size} pixels.")
+    seen = torch.ones(size, size, dtype=torch.bool)
+    if hole is not None:
+        x, y, width, height = hole if len(hole) == 4 else (0, 0, 0, 0)
+        if not (0 <= x < x + width <= size and 0 <= y < y + height <= size):
+            raise UserError(f"--hole must be x,y,width,height inside {size}x{size} pixels, got "
+                            f"{','.join(map(str, hole))}.")
+        seen[y : y + height, x : x + width] = False
+    else:
+        seen = to_float(read_image(mask, size)[None])[0].mean(0) < 0
+    return to_float(np.stack(arrays)), seen
 
 
 def to_batch(values: list, kind: str) -> Tensor:

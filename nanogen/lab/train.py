@@ -72,18 +72,17 @@ class Training:
 def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: Path | None = None,
           resume: bool = False, quiet: bool = False,
           held_out: dict[str, Tensor] | None = None) -> list[dict]:
-    """Train `model` in place and leave the EMA weights in it.
-    data: name -> tensor, all of one length; uint8 "images" (N, 3, H, W) reach the model as float in
-    [-1, 1]. held_out: the same of examples that are not trained on; their loss is logged 20 times.
-    Returns the log, one dict per percent of the budget. With a folder, also writes `log.jsonl` and
-    `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on from
-    them. Raises UserError when the loss is not finite."""
+    """Train `model` in place and leave the EMA weights in it. data: name -> tensor, all of one
+    length; uint8 "images" (N, 3, H, W) reach the model as float in [-1, 1]. held_out: the same of
+    examples that are not trained on; their loss is in the first line of the log and then at every
+    5%. Returns the log, one dict per percent of the budget. With a folder, also writes `log.jsonl`
+    and `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on
+    from them. Raises UserError when the loss is not finite."""
     count = len(next(iter(data.values())))
     check_batch(options, count)
     rank, world = join_processes()
     device, dtype = machine.device(), machine.precision(options.precision)
     data = {name: tensor.to(device) for name, tensor in data.items()}
-    torch.manual_seed(options.seed)
     model.to(device, memory_format=torch.channels_last).train()  # fastest order for convolutions
     optimizers = make_optimizers(model, options.optimizer, options.lr, options.weight_decay, dtype)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
@@ -94,14 +93,15 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     progress = Progress(options, log, quiet or rank > 0, step, start)
 
     def used() -> float:  # the fraction of the budget, by the clock of the first process
-        done = torch.tensor(progress.fraction(step), dtype=torch.float64)
+        done = progress.fraction(step)
         if world > 1:
-            dist.broadcast(done := done.float().to(device), 0)
-        return done.item()
+            dist.broadcast(shared := torch.tensor(done, device=device), 0)
+            done = shared.item()
+        return done
 
     with ctrl_c() as interrupted:
         while (fraction := used()) < 1:
-            rise = (step + 1) / options.warmup if step < options.warmup else 1.0
+            rise = (step + 1) / max(options.warmup, 1)
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = options.lr * min(rise, fall, 1.0)
@@ -195,7 +195,8 @@ class Progress:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: dict[str, Tensor], options: Training,
                   dtype: torch.dtype) -> float:
-    """The mean loss of examples that are not trained on, with the same random numbers each time."""
+    """The mean loss of examples that are not trained on, by the weights of now (not their EMA),
+    with the same random numbers each time."""
     model.eval()
     count, losses = len(next(iter(held_out.values()))), []
     size = min(options.batch_size, count)
@@ -211,8 +212,8 @@ def held_out_loss(model: nn.Module, held_out: dict[str, Tensor], options: Traini
 def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int = 0,
                world: int = 1) -> dict[str, Tensor]:
     """The examples of one step, on the device, in an order that depends on (seed, epoch) alone.
-    None comes twice in an epoch. An incomplete last batch is dropped, with other examples in each
-    epoch. Images arrive as float in [-1, 1]. Each process takes its part of the batch."""
+    No example comes twice in an epoch. An incomplete last batch is dropped, with other examples in
+    each epoch. Images arrive as float in [-1, 1]. Each process takes its part of the batch."""
     count = len(next(iter(data.values())))
     size = min(options.batch_size, count)
     epoch, position = divmod(step, count // size)
@@ -245,7 +246,7 @@ def update_ema(ema: dict[str, Tensor], model: nn.Module, step: int, fraction: fl
     (i / n)^(1/fraction - 2), up to a factor."""
     decay = (1 - 1 / step) ** (1 / fraction - 1) if fraction > 0 else 0.0
     with torch.no_grad():
-        names, weights = zip(*model.named_parameters(), strict=True)
+        names, weights = zip(*model.named_parameters(remove_duplicate=False), strict=True)
         torch._foreach_lerp_([ema[name] for name in names], list(weights), 1 - decay)
         for name, buffer in model.named_buffers():
             if name in ema:  # running means, and codebooks, which have an EMA of their own
@@ -300,7 +301,8 @@ def save_state(folder: Path, model, ema, optimizers, step: int, seconds: float,
                  optimizers=[optimizer.state_dict() for optimizer in optimizers])
 
     def write(path: Path) -> None:
-        torch.save(state, path)  # the log before the renaming: it may run ahead, not lag behind
+        torch.save(state, path)
+        # `path` is renamed after this: a crash leaves lines too many, which are cut, never too few.
         write_text(folder / "log.jsonl", "".join(json.dumps(line) + "\n" for line in log))
 
     write_atomically(folder / "state.pt", write)
@@ -322,7 +324,7 @@ def load_state(folder: Path, model, ema, optimizers) -> tuple[int, float, list[d
         model.load_state_dict(state["model"])
         ema.update(state["ema"])
         for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            settings = optimizer.state_dict()["param_groups"]  # weight_decay may have changed
+            settings = optimizer.state_dict()["param_groups"]  # keep: weight_decay may be new
             optimizer.load_state_dict(saved | {"param_groups": settings})
         lines = (folder / "log.jsonl").read_text("utf-8").splitlines()
         log = [line for line in map(json.loads, lines) if line["step"] <= state["step"]]
