@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from nanogen.__main__ import main
 from nanogen.lab import tour
@@ -36,6 +37,7 @@ def workplace(tmp_path_factory):
              offsets=np.arange(41) * (rate // 2), digits=np.arange(40) % 10,
              speakers=np.arange(40) // 10 % 2, is_test=np.arange(40) >= 30,
              speaker_names=np.array(["george", "jackson"]))
+    Image.fromarray(parts["test_images"][0]).save(folder / "my.png")
     runs = {"perceptual-cifar10": ("judge", dict(widths=(16, 16, 16))),
             "judge-cifar10": ("judge", dict(widths=(16, 16, 16))),
             "tokenizer-cifar10": ("tokenizer", dict(widths=(16, 16), blocks=1)),
