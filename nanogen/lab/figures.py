@@ -32,7 +32,7 @@ MAP = [  # a chapter and its idea; a method, its unit, order, loss, passes, like
      "66 a second", "of the tokens", [np.add.outer(np.arange(4), np.arange(12))]),
     ("B  Break the order", "Sample many tokens in one pass: fewer passes."),
     ("maskgit", "discrete token", "any order", "cross-entropy", "12", "no", [NOISE[:8, :8]]),
-    ("var", "discrete token", "from coarse to\nfine scales", "cross-entropy", "6",
+    ("var", "discrete token", "from coarse to\nfine scales", "cross-entropy", "6 (1+1+1+3)",
      "of the tokens", [np.full((side, side), step) for step, side in enumerate((1, 2, 4, 8))]),
     ("C  Continuous tokens", "No codebook, no rounding; but squared error gives blurred averages."),
     ("mar (mse)", "continuous token", "any order", "squared error", "12", "no", [NOISE[8:, :8]]),
@@ -44,7 +44,7 @@ MAP = [  # a chapter and its idea; a method, its unit, order, loss, passes, like
     ("meanflow", "whole image", "all at once", "average velocity", "1", "no", [NOISE, DISC]),
 ]
 COLOURS = {"p": "Greys", "s": "Greys", "d": "Blues", "c": "Oranges", "w": "Greens"}  # by unit
-HEADINGS = {20: "method", 150: "what comes first\n(light) and last (dark)", 318: "unit",
+HEADINGS = {20: "method", 150: "first: light,\nlast: dark", 318: "unit",
             480: "order", 655: "loss",
             812: "passes for\na 32x32 image", 970: "exact\nlikelihood"}
 
