@@ -14,7 +14,7 @@ reconstructions are the best that any method on this tokenizer can reach. Five b
 The loss is the squared error plus the distance in the features of a small classifier, the
 *perceptual network* (LPIPS, Zhang et al. 2018). VQGAN (Esser et al. 2021) has an adversarial loss.
 
-    python -m nanogen train tokenizer --data cifar10      # 7 minutes on 2 CPU threads: PSNR 25.0 dB
+    python -m nanogen train tokenizer --data cifar10      # PSNR 24.6 dB
 """
 
 from dataclasses import dataclass
