@@ -164,8 +164,11 @@ def test_originals_and_reconstructions_have_rows_of_their_own_and_the_size_of_th
     monkeypatch.setattr(tokenizer, "decode", lambda images: -images)
     monkeypatch.setattr(evaluation, "grid", lambda images, columns: shown.append(
         (images, columns)) or Image.new("RGB", (1, 1)))
-    expert = judge.Judge(judge.Config(widths=(16, 16, 16), classes=2)).eval()
+    expert, sizes = judge.Judge(judge.Config(widths=(16, 16, 16), classes=2)).eval(), []
+    features = expert.features
+    monkeypatch.setattr(expert, "features", lambda x: sizes.append(x.shape[-1]) or features(x))
     evaluation.evaluate_tokenizer(run, source, expert, count)
+    assert set(sizes) == {32}, "the size that the judge has learned"
     images, columns = shown[0]
     rows = np.split(images, len(images) // columns)
     assert columns == min(10, count) and images.shape[1:] == (16, 16, 3)

@@ -88,7 +88,8 @@ def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
             columns["images"] = np.array(columns["images"], np.uint8).reshape(-1, SIZE, SIZE, 3)
         parts.append(columns)
     unused = [file for file in every if file not in wanted]
-    print(census(folder, kind, names, *parts, part, unused, skipped), flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes, the first one says it
+        print(census(folder, kind, names, *parts, part, unused, skipped), flush=True)
     return kind, *parts, {"labels": names} | ({"speakers": ["unknown"]} if kind == "sounds" else {})
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from nanogen import UserError, files
@@ -161,18 +162,20 @@ def evaluate_tokenizer(run: Run, dataset: Dataset, expert: Judge, n: int) -> dic
     wanted = {name: dataset.test[name][:n] for name in expert.columns}
     tokens = apply(model.encode, test if model.codebook_size else test[:n])
     originals, decoded = test[:n], apply(model.decode, tokens[:n])
-    real, features = (apply(expert.features, images) for images in (originals, decoded))
+    small = [F.interpolate(unit(images), expert.config.size, mode="area")  # as the judge sees them
+             for images in (originals, decoded)]
+    real, features = (apply(expert.features, images) for images in small)
     result = {"psnr": metrics.psnr(decoded, unit(originals)), "images": len(decoded),
               "ssim": metrics.ssim(decoded, unit(originals)),
               "fd_nano": metrics.frechet_distance(features, real)}
-    result |= accuracies(expert, originals, wanted, "_originals")
+    result |= accuracies(expert, small[0], wanted, "_originals")
     if size := model.codebook_size:
         fraction, perplexity = usage(tokens, size)
         result |= {"codebook_usage": fraction, "perplexity": perplexity, "codebook_size": size}
     sides, width = (originals.permute(0, 2, 3, 1).numpy(), to_uint8(decoded)), min(10, len(decoded))
     rows = [side[i : i + width] for i in (0, width)[: len(decoded) // width] for side in sides]
     grid(np.concatenate(rows), width).save(files.make_folder(run.folder / "samples") / "grid.png")
-    return result | accuracies(expert, decoded, wanted)
+    return result | accuracies(expert, small[1], wanted)
 
 
 def evaluate_codec(run: Run, dataset: Dataset, expert: Judge, n: int) -> dict:
