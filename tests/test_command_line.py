@@ -95,7 +95,7 @@ def test_evaluate_trains_the_judge_it_needs_and_prints_a_table(run_folder, own_i
 
 def test_help_says_what_every_field_of_a_method_means(told):
     said = told("train", "var", "--help")
-    assert "--depth blocks (6)" in said and "--lr peak learning rate" in said
+    assert "--depth blocks (4)" in said and "--lr peak learning rate" in said
     assert "--scales" not in said and "--no-compile" in said
 
 

@@ -161,7 +161,7 @@ class MeanFlow(Method):
         self.interval = TimeEmbedding(config.width)  # of r - t
         self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width)
         for module in self.network.modules():
-            if config.derivative == "jvp" and isinstance(module, nn.GroupNorm):
+            if isinstance(module, nn.GroupNorm):
                 module.register_forward_pre_hook(for_forward_mode)
 
     def forward(self, x_t: Tensor, t: Tensor, r: Tensor, labels: Tensor) -> Tensor:
