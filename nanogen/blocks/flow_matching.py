@@ -121,8 +121,8 @@ def check_solver(steps: int, method: str, *methods: str) -> None:
 
 def guide(model: Callable[..., Tensor], condition: Tensor, null: int | Tensor, g: float) -> Network:
     """Classifier-free guidance: without + g (with - without the condition), a network (x, t) from a
-    model(x, t, condition). It runs the model on twice the batch, unless g is 1. condition: (B,
-    ...), such as labels; null: see `with_and_without`."""
+    model(x, t, condition). It runs the model on twice the batch, unless g is 1.
+    condition: (B, ...), such as labels; null: see `with_and_without`."""
     conditions, passes = with_and_without(condition, null, g), 1 if g == 1 else 2
 
     def network(x: Tensor, t: Tensor) -> Tensor:

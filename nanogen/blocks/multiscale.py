@@ -49,7 +49,7 @@ class MultiScaleVQ(Quantizer):
     def quantize(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, h, h, code_dim) -> codes of the same shape; indices (B, sum of scale^2), one scale
         after another; the sum of the two losses."""
-        z = F.normalize(z, dim=-1) * z.shape[-1] ** 0.5  # else small features have small losses
+        z = sphere(z)  # else small features have small losses
         features = z.permute(0, 3, 1, 2)  # (B, code_dim, h, h)
         if self.training and not self.codebook.initialised:
             self.start(features.detach())
@@ -58,8 +58,7 @@ class MultiScaleVQ(Quantizer):
             residual = cells(shrink(features - total.detach(), scale))  # (B, scale^2, code_dim)
             if self.training:
                 self.measure(k, residual.detach(), self.decay)
-            # clones, for notebook 04: the next `measure` changes both before the backward pass
-            residual = (residual - self.mean[k].clone()) / self.std[k].clone()
+            residual = self.whiten(residual, k)
             index = nearest(residual.detach(), self.codebook.vectors)
             total = total + self.enlarge(self.codes(residual, index), k)
             loss = loss + F.mse_loss(total, features.detach())
@@ -114,17 +113,21 @@ class MultiScaleVQ(Quantizer):
 
     def features(self, x: Tensor) -> Tensor:
         """Features (B, h, h, dim) as they are coded: (B, code_dim, h, h), float32."""
-        z = F.normalize(self.project_in(x.float()), dim=-1)
-        return (z * z.shape[-1] ** 0.5).permute(0, 3, 1, 2)
+        with torch.autocast(x.device.type, enabled=False):
+            return sphere(self.project_in(x.float())).permute(0, 3, 1, 2)
+
+    def whiten(self, residual: Tensor, k: int) -> Tensor:
+        """Residuals of scale k (B, scale^2, code_dim), with mean 0 and std 1. Clones, for notebook
+        04: the next `measure` changes both before the backward pass."""
+        return (residual - self.mean[k].clone()) / self.std[k].clone()
 
     def code(self, rest: Tensor, k: int) -> Tensor:
         """What is still missing (B, code_dim, h, h) -> its indices in scale k, (B, scale^2)."""
-        residual = cells(shrink(rest, self.scales[k]))
-        return nearest((residual - self.mean[k]) / self.std[k], self.codebook.vectors)
+        residual = self.whiten(cells(shrink(rest, self.scales[k])), k)
+        return nearest(residual, self.codebook.vectors)
 
     def lookup(self, indices: Tensor, known: Tensor | None = None) -> Tensor:
-        """Indices (B, L) as in `sums` -> the last sum (B, h^2, code_dim), blurred if scales
-        lack."""
+        """Indices (B, L) as in `sums` -> the last sum, (B, h^2, code_dim)."""
         return cells(self.sums(indices, known)[-1])
 
     @torch.no_grad()
@@ -143,6 +146,10 @@ class MultiScaleVQ(Quantizer):
             self.measure(k, flat, decay=0.0)
             pool.append(((flat - self.mean[k]) / self.std[k]).flatten(0, 1))
         self.codebook.start(torch.cat(pool))
+
+
+def sphere(z: Tensor) -> Tensor:
+    return F.normalize(z, dim=-1) * z.shape[-1] ** 0.5  # (..., dim), of mean square 1
 
 
 def cells(square: Tensor) -> Tensor:

@@ -156,7 +156,8 @@ class Flow(Method):
                method: str | None = None, guidance: float = 1.0, temperature: float = 1.0,
                known: Tensor | None = None, seed: int = 0, frames: bool = False) -> dict:
         """"labels" (B,) -> "images" (B, 3, H, W) in [-1, 1]; "frames": the noise, then after each
-        step. method, steps: of the solver. Defaults: midpoint (or heun, euler), 8 steps of 2
+        step.
+        method, steps: of the solver. Defaults: midpoint (or heun, euler), 8 steps of 2
         evaluations; for reflow euler, 4 steps; for ddpm ddim (or ddpm), 25 steps. temperature
         scales the starting noise. known: images that stay, NaN where to draw. Reflow draws with its
         teacher's guidance: 1 means it, too; ValueError for another."""

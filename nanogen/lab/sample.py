@@ -73,15 +73,15 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         turns = [i % len(values) if order else i * len(values) // n for i in range(n)]
         chosen[name] = [values[turn] for turn in turns]
     shows = "frames" in inspect.signature(model.sample).parameters
-    outputs, growth = [], []
+    outputs, growth, turn = [], [], torch.arange(n) % (len(known[0]) if known else 1)
+    if known:  # encoded once, however many samples begin with it
+        part = ask(run, model.known_part, *(tensor.to(machine.device()) for tensor in known))
     for i, first in enumerate(range(0, n, batch_size)):
         batch = {name: to_batch(values[first : first + batch_size], model.conditions[name])
                  for name, values in chosen.items()}
         grow = {"frames": True} if shows and (frames or (out and i == 0)) else {}
         if known:
-            images, seen = (part.to(machine.device()) for part in known)
-            turns = torch.arange(first, min(first + batch_size, n)) % len(images)
-            grow["known"] = ask(run, model.known_part, images[turns], seen)
+            grow["known"] = part[turn[first : first + batch_size]]
         drawn = ask(run, model.sample, batch, seed=machine.seed_of(seed, i), **grow, **settings)
         growth.append([to_uint8(moment) for moment in drawn.pop("frames", [])])
         outputs.append(drawn)
@@ -90,8 +90,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         if kind in ("class", "text"):
             arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
     if known:
-        arrays |= {"known": to_uint8(known[0][torch.arange(n) % len(known[0])]),
-                   "seen": known[1].numpy()}
+        arrays |= {"known": to_uint8(known[0][turn]), "seen": known[1].numpy()}
     if out:
         write_samples(arrays, run, Path(out), growth[0])
     if frames:
@@ -120,7 +119,7 @@ def read_known(run: "Run", pictures: list, hole: tuple | None = None,
     the rectangle to draw, in pixels at that size, from the upper left. mask: a picture instead, its
     central square, white where to draw. UserError for a hole outside the image."""
     size = getattr(run.model.config, "size", 0)
-    if "known" not in inspect.signature(run.model.sample).parameters or not size:
+    if not size:
         raise UserError(f"{run.method} cannot keep a part of an image.")
     if (hole is None) == (mask is None):
         raise UserError(f"Which part is to be drawn? --hole x,y,width,height in {size}x{size} "

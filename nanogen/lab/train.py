@@ -72,12 +72,13 @@ class Training:
 def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: Path | None = None,
           resume: bool = False, quiet: bool = False,
           held_out: dict[str, Tensor] | None = None) -> list[dict]:
-    """Train `model` in place and leave the EMA weights in it. data: name -> tensor, all of one
-    length; uint8 "images" (N, 3, H, W) reach the model as float in [-1, 1]. held_out: the same of
-    examples that are not trained on; their loss is in the first line of the log and then at every
-    5%. Returns the log, one dict per percent of the budget. With a folder, also writes `log.jsonl`
-    and `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on
-    from them. Raises UserError when the loss is not finite."""
+    """Train `model` in place and leave the EMA weights in it.
+    data: name -> tensor, all of one length; uint8 "images" (N, 3, H, W) reach the model as float in
+    [-1, 1]. held_out: the same of examples that are not trained on; their loss is in the first line
+    of the log and then at every 5%.
+    Returns the log, one dict per percent of the budget. With a folder, also writes `log.jsonl` and
+    `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on from
+    them. Raises UserError when the loss is not finite."""
     count = len(next(iter(data.values())))
     check_batch(options, count)
     rank, world = join_processes()
