@@ -30,7 +30,7 @@ TINY = {
     "judge": dict(widths=(16, 16, 16)),
     "codec": dict(widths=(4, 8, 16), dim=8, codebook_size=16, codebooks=3, crop=1024,
                   adversarial=0.0),
-    "wave_ar": dict(width=16, layers=4, crop=256, seconds=0.4),
+    "wave_ar": dict(width=16, layers=3, crop=256, seconds=0.4),
     "audio_lm": dict(width=32, depth=1, heads=2, codebooks=2, seconds=0.4),
     "tokenizer": dict(codebook_size=32, widths=(16, 16), blocks=1, perceptual=0.0),
 }

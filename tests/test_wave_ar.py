@@ -18,14 +18,14 @@ SOME = {"labels": LABELS[:3], "speakers": SPEAKERS[:3]}
 
 
 def tiny_wave(asleep=False, **fields):
-    """3 digits, 2 voices, 16 samples seen."""
+    """3 digits, 2 voices, 47 samples seen: two frames, and the last samples."""
     torch.manual_seed(1)
-    fields = dict(width=16, layers=4, crop=32, classes=3, speakers=2) | fields
+    fields = dict(width=16, layers=1, sample_width=16, crop=64, classes=3, speakers=2) | fields
     model = wave_ar.WaveAR(wave_ar.Config(**fields))
     return model if asleep else awake(model)
 
 
-def clips(count=4, length=48):
+def clips(count=4, length=96):
     return torch.randint(1, 256, (count, length)).byte()
 
 
@@ -58,24 +58,27 @@ def test_silence_is_the_middle_and_codes_come_back_as_they_are():
 # ---- the network
 
 
-@pytest.mark.parametrize("position", [0, 1, 17, 40, 47])
+@pytest.mark.parametrize("position", [0, 1, 16, 17, 40, 95])
 def test_a_future_sample_never_changes_the_past_and_the_field_is_as_wide_as_promised(position):
     model, codes = tiny_wave(), clips().long()
     other = codes.clone()
     other[:, position] = (codes[:, position] + 99) % 256
     a, b = (model.logits(x, LABELS, SPEAKERS) for x in (codes, other))
     changed = (a != b).flatten(2).any(2).any(0).tolist()
-    end = position + model.receptive_field
-    assert changed == [position <= later < end for later in range(48)]
+    # seen by the 16 samples after it, and by two frames: the next one that begins after it, and
+    # the one behind that
+    frame = -(-position // wave_ar.FRAME) * wave_ar.FRAME
+    seen = [position <= later < max(position + 16, frame + 32) for later in range(96)]
+    assert changed == seen and sum(seen) <= model.receptive_field
 
 
 def test_cached_logits_equal_uncached():
     model, codes = tiny_wave(), clips().long()
     whole, biases = model.logits(codes, LABELS, SPEAKERS), model.biases(LABELS, SPEAKERS)
     rings = [torch.zeros(layer.dilation, 4, 16) for layer in model.layers]
-    tables = (model.embedding(), model.head())
-    for i in range(48):
-        step = model.step(codes[:, i], i, rings, biases, tables)
+    above, start = torch.zeros(4, 16, 16), F.pad(codes, (15, 0), value=wave_ar.BOUNDARY)
+    for i in range(96):
+        step = model.step(start[:, i : i + 16], i, rings, above, biases, model.head())
         assert torch.allclose(step, whole[:, i], atol=1e-4)
 
 
@@ -115,7 +118,7 @@ def test_before_training_a_sample_costs_eight_bits():
 
 
 def test_what_is_beyond_the_end_costs_nothing_and_the_end_costs_once():
-    model, codes, lengths = tiny_wave(), clips(), torch.tensor([10, 48, 47, 30])
+    model, codes, lengths = tiny_wave(), clips(length=48), torch.tensor([10, 48, 47, 30])
     likelihood = model.log_likelihood({"codes": codes, "lengths": lengths} | CONDITIONS)
     other = codes.clone()
     other[0, 10:], other[3, 30:] = 7, 9
@@ -130,20 +133,20 @@ def test_what_is_beyond_the_end_costs_nothing_and_the_end_costs_once():
         assert likelihood[clip].item() == pytest.approx(expected.item(), rel=1e-4)
 
 
-@pytest.mark.parametrize("start", [0, 5, 20])
+@pytest.mark.parametrize("start", [0, 16, 32])
 def test_a_window_gives_each_position_the_logits_of_the_whole_clip(start):
-    model, codes, lengths = tiny_wave(), clips(), torch.tensor([44, 48, 25, 30])
-    previous, symbols, scored = model.window(codes, lengths, torch.full((4,), start), 28)
+    model, codes, lengths = tiny_wave(), clips(), torch.tensor([92, 96, 40, 30])
+    previous, symbols, scored = model.window(codes, lengths, torch.full((4,), start), 64)
     padded = F.pad(codes.long(), (1, 0), value=wave_ar.BOUNDARY)
-    whole = model.logits(padded, LABELS, SPEAKERS)[:, start : start + 28]
+    whole = model.logits(padded, LABELS, SPEAKERS)[:, start : start + 64]
     part = model.logits(previous, LABELS, SPEAKERS)
     assert torch.allclose(part[scored], whole[scored], atol=1e-4)
-    assert scored.any(1).tolist() == [True, True, start <= 10, start <= 15]
+    assert scored.any(1).tolist() == [True, True, start == 0, start == 0]
     assert (symbols[2][scored[2]][-1:] == wave_ar.BOUNDARY).all()
 
 
 def test_windows_are_drawn_up_to_the_end_and_not_beyond(monkeypatch):
-    model, drawn, lengths = tiny_wave(), [], torch.tensor([20, 31, 32, 35]).repeat(200)
+    model, drawn, lengths = tiny_wave(), [], torch.tensor([20, 63, 64, 90]).repeat(200)
     window = model.window
 
     def spy(codes, lengths, start, count):
@@ -155,10 +158,10 @@ def test_windows_are_drawn_up_to_the_end_and_not_beyond(monkeypatch):
                 "speakers": SPEAKERS.repeat(200)})
     start, _, symbols, scored = drawn
     starts = [set(start[i::4].tolist()) for i in range(4)]
-    assert starts == [{0}, {0}, {0, 1}, {0, 1, 2, 3, 4}]  # crop is 32
+    assert starts == [{0}, {0}, {0, 16}, {0, 16, 32}]  # crop is 64
     ends = scored & (symbols == wave_ar.BOUNDARY)
-    assert torch.equal(ends.sum(1), (start + 32 > lengths).long())  # only in each clip's last one
-    assert not (scored & (start[:, None] + torch.arange(32) > lengths[:, None])).any()
+    assert torch.equal(ends.sum(1), (start + 64 > lengths).long())  # only in each clip's last one
+    assert not (scored & (start[:, None] + torch.arange(64) > lengths[:, None])).any()
 
 
 def test_counting_costs_what_chance_and_certainty_cost():
@@ -202,7 +205,7 @@ def test_a_seed_gives_the_same_clips_and_another_seed_others():
 
 
 def test_it_overfits_one_batch_and_samples_it():
-    model = tiny_wave(asleep=True, width=48, label_dropout=0.0, crop=40)
+    model = tiny_wave(asleep=True, width=48, sample_width=48, label_dropout=0.0)
     codes, lengths = clips(3, 40), torch.tensor([20, 36, 28])
     optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
     for step in range(250):
@@ -220,7 +223,7 @@ def test_it_overfits_one_batch_and_samples_it():
 
 
 @pytest.mark.parametrize(("fields", "message"), [
-    (dict(crop=15), "crop must be at least 2\\^layers = 16"), (dict(layers=0), "layers must"),
+    (dict(crop=62), "crop must be at least 63"), (dict(layers=0), "layers must"),
     (dict(width=0), "width must"), (dict(seconds=0.0), "seconds must")])
 def test_bad_settings_are_refused_by_name(fields, message):
     with pytest.raises(ValueError, match=message):

@@ -6,16 +6,23 @@ We hear loudness as a ratio, so a sample is coded in 8 bits on a logarithmic sca
 every factor is a choice among 256 codes. The likelihood is exact: in bits per sample, it is what a
 perfect compressor with this model needs. `entropy_baselines` gives it for simple counting.
 
-Each layer of the network mixes two moments, d samples apart. With d = 1, 2, 4, ... 512 ten layers
-see 1,024 samples, or 128 ms: less than a vowel, so the result sounds like speech but says little.
+A pitch of 100 Hz repeats after 80 samples and a vowel lasts 1,000, so the network must look far
+back, and it is called 8,000 times a second. Two parts share the work:
+
+    frames     16 samples each. Every layer mixes two frames, d apart: with d = 1, 2, 4, ... 64,
+               seven layers see 128 frames, or 256 ms. Called once for 16 samples.
+    samples    a small network draws each sample from its frame's features and the 16 samples
+               before it.
+
 In sampling, a ring buffer in each layer keeps its last d inputs, so that nothing is computed twice.
 
     python -m nanogen train wave_ar --data fsdd
 
 Sources: van den Oord et al. 2016, "WaveNet" (dilated causal convolutions, gates, 256-way mu-law);
-Paine et al. 2016, "Fast WaveNet" (the ring buffers); ITU-T G.711 (mu-law). Different here: one
-stack of ten layers, not three; no skip connections; an END symbol, so clips differ in length;
-guidance; the mu-law scale is symmetric about an exact 0, which leaves one of 256 codes unused.
+Mehri et al. 2017, "SampleRNN" (frames above samples); Paine et al. 2016, "Fast WaveNet" (the ring
+buffers); ITU-T G.711 (mu-law). Different here: dilated convolutions over frames, not recurrent
+networks; an END symbol, so clips differ in length; guidance; the mu-law scale is symmetric about an
+exact 0, which leaves one of 256 codes unused.
 """
 
 import math
@@ -32,13 +39,16 @@ from nanogen.method import Method, check_numbers
 
 MU = 255  # of mu-law: how strongly quiet samples are favoured
 SILENCE = 128  # the code of 0
+FRAME = 16  # samples in a frame, and samples that the sample's network sees
+COSINES = 24  # features that describe a code
 BOUNDARY = 256  # one symbol more than the codes: START as an input, END as an output
 
 
 @dataclass
 class Config:
-    width: int = 80  # features per sample
-    layers: int = 10  # layer i mixes samples 2^i apart: 2^layers samples are seen
+    width: int = 192  # features per frame
+    layers: int = 7  # layer i mixes frames 2^i apart: 2^layers frames are seen
+    sample_width: int = 128  # features per sample
     crop: int = 4096  # samples of a clip per training step
     seconds: float = 1.0  # longest clip; longer ones are cut
     label_dropout: float = 0.1  # fraction of clips with label and speaker hidden, for guidance
@@ -46,9 +56,9 @@ class Config:
     speakers: int = 6  # number of voices
 
     def __post_init__(self):
-        seen = 2**self.layers
+        seen = receptive_field(self.layers) + FRAME
         check_numbers(self, seconds=(self.seconds * RATE >= 1, "at least one sample"),
-                      crop=(self.crop >= seen, f"at least 2^layers = {seen} samples"))
+                      crop=(self.crop >= seen, f"at least {seen}, for 2^layers frames"))
 
 
 class WaveAR(Method):
@@ -60,17 +70,23 @@ class WaveAR(Method):
 
     def __init__(self, config: Config, base: nn.Module | None = None):
         super().__init__()
-        self.config, self.receptive_field = config, 2**config.layers
-        # A code is described by 24 cosines over the scale, from slow to fast: near codes are alike.
-        codes = torch.cos((torch.arange(256)[:, None] + 0.5) * torch.arange(1, 25) * math.pi / 256)
-        self.embedding = CodeEmbedding(codes, config.width, extra=1)
-        self.label = ConditionEmbedding(config.classes, config.width)
-        self.speaker = ConditionEmbedding(config.speakers, config.width)
-        self.modulation = nn.Linear(config.width, config.layers * 2 * config.width)
+        self.config, self.receptive_field = config, receptive_field(config.layers)
+        width, inner = config.width, config.sample_width
+        # A code is described by cosines over the scale, from slow to fast: near codes are alike.
+        waves = torch.arange(1, COSINES + 1) * math.pi / 256
+        codes = torch.cos((torch.arange(256)[:, None] + 0.5) * waves)
+        symbols = F.pad(codes / codes.std(), (0, 0, 0, 1))  # the boundary: 0
+        self.register_buffer("symbols", symbols, persistent=False)  # (257, COSINES)
+        self.label = ConditionEmbedding(config.classes, width)
+        self.speaker = ConditionEmbedding(config.speakers, width)
+        self.modulation = nn.Linear(width, config.layers * 2 * width)
         self.modulation.adamw = True  # its rows are many small vectors, not one map
-        self.layers = nn.ModuleList(Layer(config.width, 2**i) for i in range(config.layers))
-        self.mix = nn.Linear(config.width, config.width)
-        self.head = CodeEmbedding(codes, config.width, extra=1, zero=True)  # uniform at first
+        self.frame = nn.Linear(FRAME * COSINES, width)
+        self.layers = nn.ModuleList(Layer(width, 2**i) for i in range(config.layers))
+        self.up = nn.Linear(width, FRAME * inner)  # to each sample of the next frame
+        self.near = nn.Linear(FRAME * COSINES, inner)
+        self.mix = nn.Linear(inner, inner)
+        self.head = CodeEmbedding(codes, inner, extra=1, zero=True)  # uniform at first
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """"waveforms" (B, T) in [-1, 1] -> "codes" uint8 (B, T); the rest stays."""
@@ -84,15 +100,26 @@ class WaveAR(Method):
 
     def logits(self, previous: Tensor, labels: Tensor, speakers: Tensor) -> Tensor:
         """previous: (B, T), the symbol before each position -> logits (B, T, 257) of the next."""
-        x = F.embedding(previous, self.embedding())  # (B, T, width)
+        count = previous.shape[1]
+        previous = F.pad(previous, (FRAME - 1, -count % FRAME), value=BOUNDARY)
+        x = self.symbols[previous].flatten(1)
+        x = x.unfold(1, FRAME * COSINES, COSINES)  # (B, T, FRAME COSINES): the 16 symbols before
+        h = self.frame(x[:, ::FRAME])  # (B, frames, width), of those before each frame
         for layer, bias in zip(self.layers, self.biases(labels, speakers), strict=True):
-            past = F.pad(x, (0, 0, layer.dilation, 0))[:, : x.shape[1]]  # 0 before the clip
-            x = layer(x, past, bias[:, None])
-        return self.to_logits(x, self.head())
+            past = F.pad(h, (0, 0, layer.dilation, 0))[:, : h.shape[1]]  # 0 before the clip
+            h = layer(h, past, bias[:, None])
+        above = self.above(h).flatten(1, 2)  # (B, T, sample_width)
+        return self.to_logits(x, above, self.head())[:, :count]
 
-    def to_logits(self, x: Tensor, table: Tensor) -> Tensor:
-        """Features (..., width) and the head's table -> logits (..., 257)."""
-        return (F.gelu(self.mix(norm(x))) @ table.mT).float()
+    def above(self, h: Tensor) -> Tensor:
+        """What frames (..., width) tell the samples after them, (..., FRAME, sample_width)."""
+        return self.up(norm(h)).unflatten(-1, (FRAME, -1))
+
+    def to_logits(self, x: Tensor, above: Tensor, table: Tensor) -> Tensor:
+        """The symbols before each sample (..., FRAME COSINES), what its frame tells it (...,
+        sample_width) and the head's table -> logits (..., 257)."""
+        x = F.relu(self.near(x) + above)
+        return (F.relu(self.mix(x)) @ table.mT).float()
 
     def window(self, codes: Tensor, lengths: Tensor, start: Tensor, count: int) -> tuple:
         """The symbols before `count` positions from `start` (B,) on, those at them, and which of
@@ -123,7 +150,8 @@ class WaveAR(Method):
         # with the END, at position `length`.
         room = (lengths + 2 - config.crop + self.receptive_field).clamp(min=1)
         start = (torch.rand(len(room), device=room.device) * room).long() - self.receptive_field
-        nats, scored = self.nats(batch, labels, speakers, start.clamp(min=0), config.crop)
+        start = -(-start.clamp(min=0) // FRAME) * FRAME  # rounded up: frames lie as in sampling
+        nats, scored = self.nats(batch, labels, speakers, start, config.crop)
         mean = nats.sum() / scored.sum()
         return mean, {"bits_per_sample": mean.detach() / math.log(2)}
 
@@ -133,14 +161,19 @@ class WaveAR(Method):
         start, count = torch.zeros_like(batch["lengths"]), batch["codes"].shape[1]
         return -self.nats(batch, batch["labels"], batch["speakers"], start, count)[0].sum(1)
 
-    def step(self, previous: Tensor, position: int, rings: list[Tensor], biases, tables) -> Tensor:
-        """The symbol (B,) before `position` -> logits (B, 257) of the next. Writes into rings."""
-        x = F.embedding(previous, tables[0])
-        for layer, ring, bias in zip(self.layers, rings, biases, strict=True):
-            slot = ring[position % layer.dilation]  # written `dilation` samples ago
-            x, past = layer(x, slot, bias), x
-            slot.copy_(past)
-        return self.to_logits(x, tables[1])
+    def step(self, recent: Tensor, position: int, rings: list[Tensor], above: Tensor, biases,
+             table) -> Tensor:
+        """The symbols (B, FRAME) before `position` -> logits (B, 257) of the next. Writes into
+        rings, and at the start of a frame into above (B, FRAME, sample_width)."""
+        x = self.symbols[recent].flatten(1)  # (B, FRAME COSINES)
+        if position % FRAME == 0:
+            frame, h = position // FRAME, self.frame(x)
+            for layer, ring, bias in zip(self.layers, rings, biases, strict=True):
+                slot = ring[frame % layer.dilation]  # written `dilation` frames ago
+                h, past = layer(h, slot, bias), h
+                slot.copy_(past)
+            above.copy_(self.above(h))
+        return self.to_logits(x, above[:, position % FRAME], table)
 
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, seconds: float | None = None,
@@ -156,31 +189,35 @@ class WaveAR(Method):
         speakers = with_and_without(conditions["speakers"], self.config.speakers, guidance)
         batch, passes = len(conditions["labels"]), 1 if guidance == 1 else 2
         generator = torch.Generator(labels.device).manual_seed(seed)
-        biases, tables = self.biases(labels, speakers), (self.embedding(), self.head())
+        biases, table = self.biases(labels, speakers), self.head()
         rings = [torch.zeros(layer.dilation, len(labels), self.config.width, device=labels.device)
                  for layer in self.layers]  # the last `dilation` inputs: 0 before the clip
-        codes = torch.full((batch, count + 1), BOUNDARY, device=labels.device)  # START comes first
+        above = torch.zeros(len(labels), FRAME, self.config.sample_width, device=labels.device)
+        # START comes first, and there is nothing before it: as in training, that looks like START
+        codes = torch.full((batch, FRAME + count), BOUNDARY, device=labels.device)
         alive, lengths = torch.ones_like(labels[:batch]).bool(), torch.zeros_like(labels[:batch])
         for i in range(count):
             if cached:
-                logits = self.step(codes[:, i].repeat(passes), i, rings, biases, tables)
+                recent = codes[:, i : i + FRAME].repeat(passes, 1)
+                logits = self.step(recent, i, rings, above, biases, table)
             else:
-                seen = codes[:, max(i + 1 - self.receptive_field, 0) : i + 1].repeat(passes, 1)
+                first = max(i + 1 - self.receptive_field, 0) // FRAME * FRAME
+                seen = codes[:, FRAME - 1 + first : FRAME + i].repeat(passes, 1)
                 logits = self.logits(seen, labels, speakers)[:, -1]
             code = draw(apply_guidance(logits, guidance), generator, temperature, top_k, top_p)
             alive = alive & (code != BOUNDARY)
             lengths += alive
-            codes[:, i + 1] = code
+            codes[:, FRAME + i] = code
             if i % 64 == 0 and not alive.any():  # seldom, because a GPU must wait for the answer
                 break
-        codes = codes[:, 1 : max(int(lengths.max()), 1) + 1]
+        codes = codes[:, FRAME : FRAME + max(int(lengths.max()), 1)]
         inside = torch.arange(codes.shape[1], device=codes.device) < lengths[:, None]
         return {"waveforms": mu_law_decode(torch.where(inside, codes, SILENCE)), "lengths": lengths}
 
 
 class Layer(nn.Module):
-    """Mixes two moments, `dilation` samples apart: a causal convolution with a kernel of size 2,
-    written as a matrix, so that it computes a whole clip as well as a single sample."""
+    """Mixes two frames, `dilation` apart: a causal convolution with a kernel of size 2, written as
+    a matrix, so that it computes a whole clip as well as a single frame."""
 
     def __init__(self, width: int, dilation: int):
         super().__init__()
@@ -192,6 +229,11 @@ class Layer(nn.Module):
         """x, past: (..., width), now and `dilation` samples ago; bias: (..., 2 width) -> like x."""
         value, gate = (self.inp(torch.cat([past, x], dim=-1)) + bias).chunk(2, dim=-1)
         return x + self.out(value.tanh() * gate.sigmoid())
+
+
+def receptive_field(layers: int) -> int:
+    """How many samples decide about the next one: those of 2^layers frames, and the last ones."""
+    return FRAME * (2**layers + 1) - 1
 
 
 def mu_law_encode(waveforms: Tensor) -> Tensor:

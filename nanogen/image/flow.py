@@ -173,6 +173,9 @@ class Flow(Method):
         rng = torch.Generator(labels.device).manual_seed(seed)
         x0 = temperature * torch.randn(len(labels), *self.shape, generator=rng, device=rng.device)
         if known is not None:
+            if (config.network, config.objective) != ("unet", "flow"):
+                raise ValueError("only a flow on pixels keeps a part of an image: network unet, "
+                                 "objective flow")
             field = pinned(field, known, x0)
         if ddpm:
             clip = 1.0 if config.network == "unet" else None
@@ -184,9 +187,6 @@ class Flow(Method):
 
     def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
         """See `Method.known_part`: images (B, 3, H, W), NaN where they are to be drawn."""
-        if (self.config.network, self.config.objective) != ("unet", "flow"):
-            raise ValueError("only a flow on pixels keeps a part of an image: network unet, "
-                             "objective flow")
         return torch.where(seen, images, torch.nan)
 
     def to_images(self, x: Tensor) -> Tensor:
