@@ -7,14 +7,15 @@ every factor is a choice among 256 codes. The likelihood is exact: in bits per s
 perfect compressor with this model needs. `entropy_baselines` gives it for simple counting.
 
 A pitch of 100 Hz repeats after 80 samples and a vowel lasts 1,000, so the network must look far
-back, and it is called 8,000 times a second. Two parts share the work:
+back, 8,000 times for each second of sound. Two parts share the work:
 
     frames     16 samples each. Every layer mixes two frames, d apart: with d = 1, 2, 4, ... 64,
-               seven layers see 128 frames, or 256 ms. Called once for 16 samples.
-    samples    a small network draws each sample from its frame's features and the 16 samples
-               before it.
+               seven layers see 128 frames, or 256 ms. This part runs once for 16 samples.
+    samples    a small network draws each sample from the features of the frames before its own,
+               and from the 16 samples before it.
 
 In sampling, a ring buffer in each layer keeps its last d inputs, so that nothing is computed twice.
+END is rare (once in 3,400 samples): top_p, top_k and a low temperature hardly ever draw it.
 
     python -m nanogen train wave_ar --data fsdd
 
@@ -56,7 +57,7 @@ class Config:
     speakers: int = 6  # number of voices
 
     def __post_init__(self):
-        seen = receptive_field(self.layers) + FRAME
+        seen = receptive_field(self.layers) + FRAME  # windows start at multiples of FRAME
         check_numbers(self, seconds=(self.seconds * RATE >= 1, "at least one sample"),
                       crop=(self.crop >= seen, f"at least {seen}, for 2^layers frames"))
 
@@ -99,12 +100,13 @@ class WaveAR(Method):
         return biases.chunk(self.config.layers, dim=-1)
 
     def logits(self, previous: Tensor, labels: Tensor, speakers: Tensor) -> Tensor:
-        """previous: (B, T), the symbol before each position -> logits (B, T, 257) of the next."""
+        """previous: (B, T), the symbol before each position -> logits (B, T, 257) of the symbol at
+        each. The first position is a multiple of FRAME; what lies before it looks like START."""
         count = previous.shape[1]
         previous = F.pad(previous, (FRAME - 1, -count % FRAME), value=BOUNDARY)
         x = self.symbols[previous].flatten(1)
         x = x.unfold(1, FRAME * COSINES, COSINES)  # (B, T, FRAME COSINES): the 16 symbols before
-        h = self.frame(x[:, ::FRAME])  # (B, frames, width), of those before each frame
+        h = self.frame(x[:, ::FRAME])  # (B, frames, width), from the 16 symbols before each frame
         for layer, bias in zip(self.layers, self.biases(labels, speakers), strict=True):
             past = F.pad(h, (0, 0, layer.dilation, 0))[:, : h.shape[1]]  # 0 before the clip
             h = layer(h, past, bias[:, None])
@@ -112,19 +114,20 @@ class WaveAR(Method):
         return self.to_logits(x, above, self.head())[:, :count]
 
     def above(self, h: Tensor) -> Tensor:
-        """What frames (..., width) tell the samples after them, (..., FRAME, sample_width)."""
+        """What frames (..., width) tell the samples of the next one: (..., FRAME, sample_width)."""
         return self.up(norm(h)).unflatten(-1, (FRAME, -1))
 
     def to_logits(self, x: Tensor, above: Tensor, table: Tensor) -> Tensor:
-        """The symbols before each sample (..., FRAME COSINES), what its frame tells it (...,
+        """The 16 symbols before each sample (..., FRAME COSINES), what earlier frames tell it (...,
         sample_width) and the head's table -> logits (..., 257)."""
         x = F.relu(self.near(x) + above)
         return (F.relu(self.mix(x)) @ table.mT).float()
 
     def window(self, codes: Tensor, lengths: Tensor, start: Tensor, count: int) -> tuple:
-        """The symbols before `count` positions from `start` (B,) on, those at them, and which of
-        these to score: (B, count) each. Not scored: what follows the END; the END of a clip that
-        fills its row, which may have been cut; positions whose past the window cuts off."""
+        """For `count` positions from `start` (B,) on: the symbol before each, the symbol at each,
+        and whether to score it, (B, count) each. Not scored: what follows the END; the END of a
+        clip that fills its row, which may have been cut; positions that may see what lies before a
+        window, unless it starts at 0."""
         chain = F.pad(codes.long(), (1, 1), value=BOUNDARY)  # the START, and room for an END
         chain = chain.scatter(1, lengths[:, None] + 1, BOUNDARY)
         offsets = torch.arange(count + 1, device=codes.device)
@@ -142,22 +145,25 @@ class WaveAR(Method):
         return nats.view(symbols.shape) * scored, scored
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Nats per sample in a random window of each clip of a prepared batch; chance: log 257."""
+        """Nats per sample in a random window of each clip of a prepared batch. A uniform guess has
+        log 257 = 5.55."""
         config, lengths = self.config, batch["lengths"]
         labels = drop_labels(batch["labels"], config.classes, config.label_dropout)
         speakers = torch.where(labels == config.classes, config.speakers, batch["speakers"])
-        # Starts before the clip count as 0, or 0 would hardly ever be drawn. The last window ends
-        # with the END, at position `length`.
-        room = (lengths + 2 - config.crop + self.receptive_field).clamp(min=1)
+        # Starts before the clip count as 0, and those after the last window, which has the END at
+        # position `length`, as that window: else both ends would hardly ever be drawn.
+        last = (lengths + 1 - config.crop).clamp(min=0)
+        room = last + 2 * self.receptive_field
         start = (torch.rand(len(room), device=room.device) * room).long() - self.receptive_field
-        start = -(-start.clamp(min=0) // FRAME) * FRAME  # rounded up: frames lie as in sampling
+        start = torch.minimum(start.clamp(min=0), last)
+        start = -(-start // FRAME) * FRAME  # rounded up: frames lie as in sampling
         nats, scored = self.nats(batch, labels, speakers, start, config.crop)
         mean = nats.sum() / scored.sum()
         return mean, {"bits_per_sample": mean.detach() / math.log(2)}
 
     def log_likelihood(self, batch: dict[str, Tensor]) -> Tensor:
         """Exact log p(clip | label, speaker) in nats, (B,), of whole clips from `prepare`, with the
-        END if length < T: about 13 bits per clip, 0.004 per sample."""
+        END of those that are shorter than T."""
         start, count = torch.zeros_like(batch["lengths"]), batch["codes"].shape[1]
         return -self.nats(batch, batch["labels"], batch["speakers"], start, count)[0].sum(1)
 
@@ -170,8 +176,9 @@ class WaveAR(Method):
             frame, h = position // FRAME, self.frame(x)
             for layer, ring, bias in zip(self.layers, rings, biases, strict=True):
                 slot = ring[frame % layer.dilation]  # written `dilation` frames ago
-                h, past = layer(h, slot, bias), h
-                slot.copy_(past)
+                new = layer(h, slot, bias)
+                slot.copy_(h)  # the past of frame + dilation
+                h = new
             above.copy_(self.above(h))
         return self.to_logits(x, above[:, position % FRAME], table)
 
@@ -226,26 +233,28 @@ class Layer(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, x: Tensor, past: Tensor, bias: Tensor) -> Tensor:
-        """x, past: (..., width), now and `dilation` samples ago; bias: (..., 2 width) -> like x."""
+        """x, past: (..., width), now and `dilation` frames ago; bias: (..., 2 width) -> like x."""
         value, gate = (self.inp(torch.cat([past, x], dim=-1)) + bias).chunk(2, dim=-1)
         return x + self.out(value.tanh() * gate.sigmoid())
 
 
 def receptive_field(layers: int) -> int:
-    """How many samples decide about the next one: those of 2^layers frames, and the last ones."""
+    """The most samples that a prediction can see: 2^layers frames of 16, and up to 15 samples that
+    are known already in its own frame."""
     return FRAME * (2**layers + 1) - 1
 
 
 def mu_law_encode(waveforms: Tensor) -> Tensor:
     """Samples (...), clipped to [-1, 1] -> uint8 codes (...), 1 to 255; SILENCE for 0. The rounding
-    changes a sample by at most 2.2% of itself plus 0.9e-4."""
+    changes a sample by at most 2.21% of itself plus 0.9e-4."""
     x = waveforms.float().clamp(-1, 1)
     y = x.sign() * torch.log1p(MU * x.abs()) / math.log1p(MU)
     return (y * 127).round().add(SILENCE).byte()
 
 
 def mu_law_decode(codes: Tensor) -> Tensor:
-    """Codes (...) from 0 to 255 -> samples (...) in [-1, 1]. 0, which is never used, equals 1."""
+    """Codes (...) from 0 to 255 -> samples (...) in [-1, 1]. Code 0, which `mu_law_encode` never
+    gives, is -1, as code 1 is."""
     y = ((codes.float() - SILENCE) / 127).clamp(min=-1)
     return y.sign() * torch.expm1(y.abs() * math.log1p(MU)) / MU
 
