@@ -102,7 +102,7 @@ def test_help_says_what_every_field_of_a_method_means(told):
 def test_help_of_sample_offers_what_the_sampler_of_the_run_takes(finished, told):
     flow, pixel_ar, judge = (told("sample", finished[name].folder, "--help")
                              for name in ("flow", "pixel_ar", "judge"))
-    assert "--steps" in flow and "--guidance (3.0)" in flow and "--label" in flow
+    assert "--steps" in flow and "--guidance (2.5)" in flow and "--label" in flow
     assert "--top-p" in pixel_ar and "--no-cached" in pixel_ar and "--steps" not in pixel_ar
     assert "--guidance" not in judge and "--label" not in judge
 
