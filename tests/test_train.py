@@ -122,7 +122,7 @@ def test_half_of_the_images_are_mirrored_and_all_are_floats():
 
 def test_a_batch_that_processes_cannot_divide_evenly_is_a_sentence(monkeypatch):
     """Their gradients are averaged with equal weights, whoever has more examples."""
-    monkeypatch.setattr("nanogen.lab.train.join_processes", lambda: (0, 3))
+    monkeypatch.setattr("nanogen.lab.machine.join_processes", lambda: (0, 3))
     for count, batch_size in ((64, 16), (64, 2), (2, 3), (16, 24)):
         words = f"batch_size must be a multiple of 3, .* {count}, .*got {batch_size}"
         with pytest.raises(UserError, match=words):

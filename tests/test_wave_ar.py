@@ -70,6 +70,7 @@ def test_a_future_sample_never_changes_the_past_and_the_field_is_as_wide_as_prom
     frame = -(-position // wave_ar.FRAME) * wave_ar.FRAME
     seen = [position <= later < max(position + 16, frame + 32) for later in range(96)]
     assert changed == seen and sum(seen) <= model.receptive_field
+    assert position != 1 or sum(seen) == model.receptive_field
 
 
 def test_cached_logits_equal_uncached():

@@ -4,9 +4,9 @@
                     loss = model.loss(batch);  backward;  clip;  step;  EMA of the weights
 
 All random numbers of step n come from (seed, n), and the order of the data from (seed, epoch). So
-no generator has to be saved: on a CPU, a run that was killed and resumed ends with exactly the same
-weights. `torchrun` runs the same code on several devices: each process takes its part of the same
-batch. A budget in minutes, for a shorter run, is a whole run too: the learning rate follows time.
+no generator has to be saved: on a CPU, a run that was killed and resumed ends with the same weights
+to the bit. `torchrun` runs the same code on several devices: each takes its part of the batch. A
+budget in minutes, for a shorter run, is a whole run too: the learning rate follows time.
 
 Different from most loops: the EMA covers a fixed *fraction* of the run instead of a fixed number of
 steps (Karras et al. 2024, "Analyzing and Improving the Training Dynamics of Diffusion Models",
@@ -33,7 +33,6 @@ from tqdm import tqdm
 from nanogen import UserError
 from nanogen.files import explained, write_atomically, write_text
 from nanogen.lab import machine
-from nanogen.lab.machine import average_gradients, join_processes
 from nanogen.lab.optimizer import make_optimizers
 from nanogen.method import Method, check_numbers, choose
 
@@ -81,7 +80,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     them. Raises UserError when the loss is not finite."""
     count = len(next(iter(data.values())))
     check_batch(options, count)
-    rank, world = join_processes()
+    rank, world = machine.join_processes()
     device, dtype = machine.device(), machine.precision(options.precision)
     data = {name: tensor.to(device) for name, tensor in data.items()}
     model.to(device, memory_format=torch.channels_last).train()  # fastest order for convolutions
@@ -113,7 +112,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             with machine.autocast(dtype):
                 loss, metrics = loss_fn(batch)
             loss.backward()
-            average_gradients(model, world)
+            machine.average_gradients(model, world)
             norm = nn.utils.clip_grad_norm_(model.parameters(), options.clip)
             for optimizer in optimizers:
                 optimizer.step()
@@ -290,7 +289,7 @@ def check_finite(loss: Tensor, norm: Tensor, step: int, options: Training, folde
 
 def check_batch(options: Training, count: int) -> None:
     """Processes average their gradients with equal weights, so their parts must be of one size."""
-    if min(options.batch_size, count) % (world := join_processes()[1]):
+    if min(options.batch_size, count) % (world := machine.join_processes()[1]):
         raise UserError(f"batch_size must be a multiple of {world}, the number of processes, and "
                         f"at most {count}, the number of examples, got {options.batch_size}.")
 
