@@ -153,6 +153,8 @@ def test_the_list_has_every_method_and_its_recipes(monkeypatch):
     rows = tour.recipe_rows("sounds", here=False)
     assert {row["data"] for row in rows} == {"fsdd", "voices"}
     assert tour.recipe_tables()[1].count("\n") == len(rows) + 1
+    minutes = [tour.short(value) for value in (102.1, 4.004, 0.5, None)]
+    assert minutes == ["100", "4", "0.5", "-"], "no exponents"
 
 
 def test_the_time_of_a_recipe_goes_with_the_speed_of_the_machine(monkeypatch):

@@ -9,7 +9,7 @@ the image, r uniform. The sampler asks for the same fractions, r = 0, 1/12 ... 1
 training hides all 64 tokens in 11% of the images. In training the masked positions are random, in
 sampling they follow `order`. Tokens of one pass are drawn independently: the price of few passes.
 
-    python -m nanogen train maskgit --data cifar10      # FD-nano 24.1
+    python -m nanogen train maskgit --data cifar10      # FD-nano 22.3
 
 Sources: Chang et al. 2022, "MaskGIT" (masking, schedule, confidence with Gumbel noise); Besnier et
 al. 2025, "Halton scheduler" (tokens of one pass lie far apart and hardly depend on each other).

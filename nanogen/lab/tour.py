@@ -191,12 +191,16 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
             texts = [f"({text})" for text in need.config.values() if isinstance(text, str)]
             required = " ".join([need.name or need.method, *texts])
         row = {"method": method, "data": data, "recipe": name, "steps": training.steps,
-               "minutes": f"{measured:.2g}" if measured else "-", "requires": required}
+               "minutes": short(measured), "requires": required}
         if here:
-            minutes = minutes_here(recipe)
-            row["minutes here"] = f"{minutes:.2g}" if minutes else "-"
+            row["minutes here"] = short(minutes_here(recipe))
         found = {heading: show(recipe["expected"][metric]) if metric in recipe["expected"] else "-"
                  for metric, heading in headings.items()}
         if here or set(found.values()) != {"-"}:
             rows.append(row | found | {"judge": recipe["expected"].get("judge", "-")[:4]})
     return rows
+
+
+def short(minutes: float | None) -> str:
+    """Two digits of a number, without an exponent; "-" for none."""
+    return f"{float(f'{minutes:.2g}'):g}" if minutes else "-"
