@@ -59,7 +59,7 @@ def test_columns(model: Method, dataset: Dataset) -> dict[str, Tensor]:
     return test
 
 
-def held_out(model: Method, dataset: Dataset, count: int = 500) -> dict[str, Tensor] | None:
+def held_out(model: Method, dataset: Dataset, count: int) -> dict[str, Tensor] | None:
     """`count` test examples, evenly spaced, as the loss of a generator wants them; else None."""
     total = len(dataset.test[dataset.main])
     if model.kind != "generator" or model.examples or not total:

@@ -254,9 +254,10 @@ def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
             print(f"[{time.strftime('%H:%M')}] {record['parameters'] / 1e6:.1f} M parameters, "
                   f"{budget}, {record['machine']} -> {job.folder}",
                   *remarks(model, dataset, job.training.flip), sep="\n", flush=True)
+    few = max(64, 4 * job.training.batch_size)  # enough to see a rise; all would cost too much
     with enough_memory(advice):
         log = train(model, tensors, job.training, job.folder, job.begun, quiet,
-                    held_out(model, dataset))
+                    held_out(model, dataset, few))
     speed = machine.speed(machine.precision(job.training.precision))  # how fast this machine is
     record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"], "gflops": round(speed)}
     if rank == 0:

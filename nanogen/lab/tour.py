@@ -202,5 +202,5 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
 
 
 def short(minutes: float | None) -> str:
-    """Two digits of a number, without an exponent; "-" for none."""
+    """Minutes to two digits, never with an exponent; "-" where they are not measured."""
     return f"{float(f'{minutes:.2g}'):g}" if minutes else "-"

@@ -195,12 +195,12 @@ class Progress:
 @torch.no_grad()
 def held_out_loss(model: nn.Module, held_out: dict[str, Tensor], options: Training,
                   dtype: torch.dtype) -> float:
-    """The mean loss of up to four batches that are not trained on, the same each time, by the
-    weights of now (not their EMA), with the same random numbers."""
+    """The mean loss of examples that are not trained on, by the weights of now (not their EMA),
+    with the same random numbers each time."""
     model.eval()
     count, losses = len(next(iter(held_out.values()))), []
     size = min(options.batch_size, count)
-    for step in range(min(count // size, 4)):  # whole batches; more would cost too much time
+    for step in range(count // size):  # an incomplete batch is left out
         batch = draw_batch(held_out, step, dataclasses.replace(options, flip=False, seed=0))
         torch.manual_seed(step)
         with machine.autocast(dtype):
