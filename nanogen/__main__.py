@@ -10,7 +10,6 @@
     nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
     nanogen compare --minutes 5              all image methods at one budget -> a table and a page
     nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, metrics
-    nanogen figures runs/maskgit-cifar10     pictures of runs side by side, and a map of the methods
 
 `python -m nanogen` is the same. COMMAND --help shows the options of a command.
 """
@@ -239,10 +238,6 @@ def report_command(options) -> None:
     print(lab("report").write([Path(run) for run in options.runs], Path(options.out)))
 
 
-def figures_command(options) -> None:
-    print(*lab("figures").write([Path(run) for run in options.runs], Path(options.out)), sep="\n")
-
-
 DATA = "cifar10, scenes, fsdd, voices or a folder of your own images or sounds"
 COMMANDS = {  # name -> function, what it does, its options: flag, help, how argparse reads it
     "tour": (lambda options: lab("tour").tour(Path(getattr(options, "out", "runs/tour"))),
@@ -280,9 +275,6 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
     "report": (report_command, "one HTML page about runs",
                ("runs", "folders of runs", dict(nargs="+")),
                ("--out", "the page (report.html)", dict(default="report.html"))),
-    "figures": (figures_command, "pictures: runs on one data set side by side; a map of methods",
-                ("runs", "folders of runs", dict(nargs="*")),
-                ("--out", "folder of the pictures (figures)", dict(default="figures"))),
 }
 DYNAMIC = {"train": train_options, "sample": run_options, "evaluate": run_options}
 

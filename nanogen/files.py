@@ -5,14 +5,12 @@ library becomes a sentence for the user (`explained`).
 """
 
 import contextlib
-import ctypes
-import errno
+import fcntl
 import hashlib
 import json
 import os
 import platform
 import re
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -102,54 +100,37 @@ def read_npz(path: Path, advice: str = "delete it and run again") -> dict[str, n
 
 @contextlib.contextmanager
 def locked(folder: Path, wait: bool) -> Iterator[None]:
-    """One process at a time works in the folder: while it does, the file `lock` there names it.
-    wait: for another one to finish; else UserError. A lock whose process has ended is taken over.
-    """
-    path, me, said = make_folder(folder) / "lock", f"{os.getpid()} on {platform.node()}", False
-    while (owner := take(path, me)) != me:
-        if not wait:
-            raise UserError(f"Process {owner} works in {folder}: wait for it, or choose another "
-                            f"--out. If there is no such process, delete {path}.")
-        if not said:
-            print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
-        said = True
-        time.sleep(1)
-    try:
-        yield
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink()
-            path.parent.rmdir()  # if nothing else was written
-
-
-def take(path: Path, me: str) -> str:
-    """Write the lock, unless a process that still runs has it -> the name in it."""
-    owner = ""
-    with explained(f"Cannot write {path} ({{reason}}).", OSError):
+    """One process at a time works in the folder; the file `lock` there names it, and the system
+    frees it when its process ends. wait: for another one to finish; else UserError."""
+    path = make_folder(folder) / "lock"
+    while True:
+        with explained(f"Cannot write {path} ({{reason}}).", OSError):
+            file = open(path, "a+", encoding="utf-8")
         try:
-            with open(path, "x", encoding="utf-8") as file:
-                file.write(me)
-        except FileExistsError:
-            with contextlib.suppress(OSError):  # released this moment
-                owner = path.read_text(encoding="utf-8")
-            pid, _, node = owner.partition(" on ")
-            if pid.isdigit() and node == platform.node() and not runs(int(pid)):
-                write_text(path, me)
-                time.sleep(0.5)  # of several that take it over, the last one has it
-                owner = path.read_text(encoding="utf-8")
-            return owner
-    return me
-
-
-def runs(pid: int) -> bool:
-    """Whether a process of this machine still runs."""
-    if os.name == "nt":  # there os.kill would end it
-        return bool(ctypes.windll.kernel32.OpenProcess(0x1000, False, pid))
-    try:
-        os.kill(pid, 0)
-    except OSError as error:
-        return error.errno == errno.EPERM  # it runs, for another user
-    return True
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            with file:
+                file.seek(0)
+                owner = file.read()
+                if not wait:
+                    raise UserError(f"Process {owner} works in {folder}: wait for it, or choose "
+                                    "another --out.") from None
+                print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            continue  # the other one has removed the file: a new one is needed
+        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+            break
+        file.close()
+    with file:
+        file.truncate(0)
+        file.write(f"{os.getpid()} on {platform.node()}")
+        file.flush()
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+                path.parent.rmdir()  # if nothing else was written
 
 
 def content_hash(path: Path) -> str:

@@ -1,6 +1,7 @@
 """Runs: a folder becomes a model again; what is interrupted goes on; what is broken says so."""
 
 import errno
+import fcntl
 import importlib
 import json
 import os
@@ -329,14 +330,21 @@ def test_a_second_ctrl_c_while_the_state_is_saved_stops_at_once(finished, copied
 
 # ---- several programs at once
 
+HOLD_LOCK = """import sys; from pathlib import Path; from nanogen.files import locked
+with locked(Path(sys.argv[1]), wait=False):
+    print("ready", flush=True)
+    input()"""
+
 
 def test_a_run_that_another_process_trains_is_refused_until_that_has_ended(own_images, tmp_path):
     folder = tmp_path / "run"
     folder.mkdir()
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as other:
-        (folder / "lock").write_text(f"{other.pid} on {platform.node()}")
+    with subprocess.Popen([sys.executable, "-c", HOLD_LOCK, folder], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
         with pytest.raises(UserError, match=f"Process {other.pid} on .* works in {folder}"):
             tiny_run("flow", own_images, folder)
+        other.kill()  # it cannot tidy up
     assert tiny_run("flow", own_images, folder).record["steps"] == 3
     assert not (folder / "lock").exists()
 
@@ -344,18 +352,25 @@ def test_a_run_that_another_process_trains_is_refused_until_that_has_ended(own_i
 def test_a_tokenizer_that_another_process_trains_is_waited_for(
         finished, copied, monkeypatch, capsys):
     folder = copied("maskgit").parent
-    lock, weights = (folder / "tokenizer-fruit" / name for name in ("lock", "model.safetensors"))
-    lock.write_text("1 on another machine")
+    base, weights = folder / "tokenizer-fruit", folder / "tokenizer-fruit/model.safetensors"
     hidden = weights.rename(folder / "hidden")
 
-    def other_finishes(seconds):
-        hidden.rename(weights)
-        lock.unlink()
+    with subprocess.Popen([sys.executable, "-c", HOLD_LOCK, base], stdin=subprocess.PIPE,
+                          stdout=subprocess.PIPE) as other:
+        other.stdout.readline()
+        flock = fcntl.flock
 
-    monkeypatch.setattr(time, "sleep", other_finishes)
-    run = tiny_run("maskgit", origin(finished["maskgit"]), folder / "new")
+        def other_finishes(file, how):
+            if not how & fcntl.LOCK_NB:  # we wait
+                hidden.rename(weights)
+                other.communicate(b"\n")
+            return flock(file, how)
+
+        monkeypatch.setattr(fcntl, "flock", other_finishes)
+        run = tiny_run("maskgit", origin(finished["maskgit"]), folder / "new")
     said = capsys.readouterr().out
-    assert f"Waiting for {lock.parent}, which process 1 on another machine trains." in said
+    assert f"Waiting for {base}, which process {other.pid} on {platform.node()} trains." in said
+    assert not (base / "lock").exists()
     assert "trained first" not in said
     assert run.record["requires"]["hash"] == content_hash(weights)
 

@@ -114,7 +114,7 @@ def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int,
 
 def judge_samples(drawn: dict[str, np.ndarray], dataset: Dataset, expert: Judge) -> dict:
     """FD-nano of samples against the test data, its floor (as many training examples) and ceiling
-    (as much noise); KID, precision, recall, accuracies. drawn: what `sample` returns."""
+    (as much noise); precision, recall, accuracies. drawn: what `sample` returns."""
     train, test = (columns(expert, dataset, part)[dataset.main] for part in ("train", "test"))
     n, random = len(drawn[dataset.main]), np.random.default_rng(0)
     few = random.choice(len(train), min(n, len(train)), replace=False)
@@ -130,7 +130,6 @@ def judge_samples(drawn: dict[str, np.ndarray], dataset: Dataset, expert: Judge)
     return {"fd_nano": metrics.frechet_distance(features, real),
             "fd_nano_floor": metrics.frechet_distance(floor, real),
             "fd_nano_ceiling": metrics.frechet_distance(ceiling, real),
-            "kernel_distance": metrics.kernel_distance(features, real),
             "precision": precision, "recall": recall} | accuracies(expert, samples, drawn)
 
 

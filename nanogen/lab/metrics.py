@@ -44,26 +44,6 @@ def frechet_distance(features_a: Array, features_b: Array) -> float:
     return max(0.0, (distance - 2 * trace_root).item())
 
 
-def kernel_distance(features_a: Array, features_b: Array, subset_size: int = 1000,
-                    subsets: int = 20, seed: int = 0) -> float:
-    """KID: squared mean discrepancy of features (N, D), (M, D) under the kernel (x.y / D + 1)^3.
-    Unlike the Fréchet distance it is unbiased: equal distributions give 0 on average at any N, so
-    single values may be negative. The mean over `subsets` random draws of `subset_size` rows each.
-    """
-    a, b = _feature_pair(features_a, features_b)
-    generator = torch.Generator().manual_seed(seed)
-    size = min(subset_size, len(a), len(b))
-    total = 0.0
-    for _ in range(subsets):
-        x = a[torch.randperm(len(a), generator=generator)[:size]]
-        y = b[torch.randperm(len(b), generator=generator)[:size]]
-        xx, yy, xy = ((p @ q.T / a.shape[1] + 1) ** 3 for p, q in ((x, x), (y, y), (x, y)))
-        # Leaving out the diagonal, where a row is paired with itself, removes the bias.
-        within = (xx.sum() - xx.trace() + yy.sum() - yy.trace()) / (size * (size - 1))
-        total += (within - 2 * xy.mean()).item()
-    return total / subsets
-
-
 def precision_recall(real: Array, fake: Array, k: int = 3) -> tuple[float, float]:
     """Fraction of fake rows that the real ones cover (precision), and the reverse (recall).
     real: (N, D), fake: (M, D). A set covers the balls around its rows that reach to their k-th

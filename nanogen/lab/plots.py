@@ -44,26 +44,6 @@ def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Imag
     return Image.fromarray(sheet)
 
 
-def named_grid(images: list[np.ndarray | None], rows: list[str], columns: list[str],
-               side: int = 96) -> Figure:
-    """Images uint8 (H, W, 3), row by row, of any size, with the names of rows and columns. Each is
-    shown with `side` x `side` pixels, enlarged without smoothing; None stays white."""
-    blank = np.full((1, 1, 3), 255, np.uint8)
-    tiles = [Image.fromarray(blank if image is None else image).resize(
-        (side, side), Image.Resampling.NEAREST) for image in images]
-    sheet = np.asarray(grid(np.stack(tiles), len(columns), scale=1, pad=4))
-    height, width, left, top = *sheet.shape[:2], 190, 34
-    figure = Figure(((left + width) / 100, (top + height) / 100), dpi=100)
-    axes = figure.add_axes((left / (left + width), 0, width / (left + width),
-                            height / (top + height)))
-    axes.imshow(sheet, interpolation="nearest", aspect="auto")
-    for ticks, names in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
-        ticks((side + 4) * np.arange(len(names)) + side / 2 + 4, names)
-    axes.tick_params(length=0, labelsize=12, labeltop=True, labelbottom=False)
-    axes.spines[:].set_visible(False)
-    return figure
-
-
 def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
              milliseconds: int = 120, last: int = 2000) -> Path:
     """An endless animation of grids. frames: a uint8 (N, H, W, 3) for each moment, shown for
@@ -132,12 +112,3 @@ def png(image: Figure | Image.Image) -> bytes:
     else:
         image.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
-
-
-def small_png(figure: Figure, most: int = 300_000) -> bytes:
-    """The same, with 256 colours if it would otherwise be larger than `most` bytes."""
-    content = png(figure)
-    if len(content) > most:
-        image = Image.open(io.BytesIO(content)).convert("RGB")
-        content = png(image.quantize(256, kmeans=1, dither=Image.Dither.NONE))
-    return content

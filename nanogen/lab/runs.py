@@ -20,31 +20,11 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 
-from nanogen import UserError
+from nanogen import UserError, files
 from nanogen.data.datasets import Dataset, kind_of, load, name_of, remembered, resolved, whole
-from nanogen.files import (
-    content_hash,
-    enough_memory,
-    explained,
-    locked,
-    make_folder,
-    write_atomically,
-    write_json,
-)
-from nanogen.lab import machine
-from nanogen.lab.folders import (
-    RECORD,
-    WEIGHTS,
-    base_folder,
-    begun,
-    check_base,
-    check_data,
-    copy_run,
-    longer,
-    place_of,
-    read_record,
-    run_name,
-)
+from nanogen.files import enough_memory, explained, locked, make_folder, write_json
+from nanogen.lab import folders, machine
+from nanogen.lab.folders import RECORD, WEIGHTS, begun, check_data, copy_run, place_of, read_record
 from nanogen.lab.machine import join_processes
 from nanogen.lab.prepare import check_size, held_out, prepare, remarks
 from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
@@ -132,10 +112,10 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
         data = resolved(data or ("fsdd" if kind == "sounds" else "cifar10"))
         check_kind(method, data, kind_of(data))
     name, origin = (data.name, data.origin) if isinstance(data, Dataset) else (name_of(data), data)
-    folder = Path(folder or Path("runs") / run_name(method, name, overrides))
+    folder = Path(folder or Path("runs") / folders.run_name(method, name, overrides))
     record = begun(folder, method, name, overrides, resume)
     finished = bool(record) and (folder / WEIGHTS).exists()
-    goes_on = finished and longer(folder, record, overrides)
+    goes_on = finished and folders.longer(folder, record, overrides)
     if finished and not goes_on and record["data"]["origin"] == origin:
         return load_run(folder)
     if isinstance(data, str) and (kind := kind_of(data) or kind) != "any":
@@ -181,14 +161,14 @@ def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder:
         check_batch(training, len(dataset))
         check_size(config, dataset)
         need = find(method).Model.requires(config)
-        base = base_folder(folder, dataset, need) if need else None
+        base = folders.base_folder(folder, dataset, need) if need else None
         jobs.insert(0, Job(method, folder, config, training, settings["sampling"],
                            record is not None, need, base))
         if need is None:
             return jobs
         record = read_record(base) if (base / RECORD).exists() else None
         if record:
-            check_base(base, record, need, dataset)
+            folders.check_base(base, record, need, dataset)
         if (base / WEIGHTS).exists():
             return jobs
         method, folder, overrides = need.method, base, {} if record else need.config
@@ -236,7 +216,7 @@ def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
     if base and not job.requirement.training_only:
         record["requires"] = {"method": base.method, "name": base.record["name"],
                               "minutes": base.record["minutes"],
-                              "hash": content_hash(base.folder / WEIGHTS)}
+                              "hash": files.content_hash(base.folder / WEIGHTS)}
     if rank == 0:
         make_folder(job.folder)
         if job.begun and (job.folder / WEIGHTS).exists():
@@ -263,7 +243,7 @@ def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
     if rank == 0:
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         write_json(job.folder / RECORD, record)  # the state has the same weights already
-        write_atomically(job.folder / WEIGHTS, lambda path: save_file(state, path))
+        files.write_atomically(job.folder / WEIGHTS, lambda path: save_file(state, path))
     if world > 1:
         dist.barrier()
     return Run(job.folder, job.method, model, record)

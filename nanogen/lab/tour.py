@@ -128,7 +128,8 @@ def trained(method: str, dataset: Dataset, fields: dict, out: Path, recipe: str 
 def judged(run: Run, dataset: Dataset, n: int, seeds: int) -> dict:
     """The metrics of a run, as means over sampling seeds."""
     results = [evaluate(run, n, dataset, 1 + i) for i in range(seeds)]
-    drawn = [name for name, value in results[0].items() if isinstance(value, float)]
+    drawn = [name for name, value in results[0].items()
+             if isinstance(value, float) and all(name in result for result in results)]
     means = {name: float(np.mean([result[name] for result in results])) for name in drawn}
     metrics = results[0] | means | {"seeds": seeds}
     if seeds > 1:

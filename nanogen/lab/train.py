@@ -153,7 +153,7 @@ class Progress:
         self.sums, self.since = defaultdict(float), time.monotonic()
         self.first = None  # step and time from which the speed is measured
         self.bar = tqdm(total=100, disable=quiet, mininterval=2, initial=max(self.percent, 0),
-                        bar_format="{percentage:3.0f}%|{bar:30}| {postfix}")
+                        bar_format="{percentage:3.0f}%|{bar:30}|{postfix}")
 
     def fraction(self, step: int) -> float:
         """How much of the budget is used after this step."""

@@ -1,20 +1,23 @@
-"""Pictures of several runs for one page, and a map of the methods.
+"""The pictures of README: several runs side by side, and a map of the methods.
 
-    python -m nanogen figures runs/*-cifar10 runs/*-fsdd --out figures
+    python docs/figures.py runs/tour/*-scenes runs/tour/*-voices
 
     methods.png, sounds.png   a row for each run on images or sounds, a column for each label
     map.png                   the methods by unit, order and loss: it needs no run
 """
 
+import io
+import sys
 from pathlib import Path
 
 import numpy as np
 from matplotlib import colormaps
 from matplotlib.figure import Figure
+from PIL import Image
 
 from nanogen import UserError, files
 from nanogen.lab.evaluate import apply
-from nanogen.lab.plots import named_grid, small_png, spectrogram, to_uint8
+from nanogen.lab.plots import grid, png, spectrogram, to_uint8
 from nanogen.lab.prepare import pad, to_tensor
 from nanogen.lab.report import one_each
 from nanogen.lab.runs import Run, load_run
@@ -92,6 +95,26 @@ def draw_runs(runs: list[Run]) -> Figure:
     return named_grid(tiles, list(rows), columns)
 
 
+def named_grid(images: list[np.ndarray | None], rows: list[str], columns: list[str],
+               side: int = 96) -> Figure:
+    """Images uint8 (H, W, 3), row by row, of any size, with the names of rows and columns. Each is
+    shown with `side` x `side` pixels, enlarged without smoothing; None stays white."""
+    blank = np.full((1, 1, 3), 255, np.uint8)
+    tiles = [Image.fromarray(blank if image is None else image).resize(
+        (side, side), Image.Resampling.NEAREST) for image in images]
+    sheet = np.asarray(grid(np.stack(tiles), len(columns), scale=1, pad=4))
+    height, width, left, top = *sheet.shape[:2], 190, 34
+    figure = Figure(((left + width) / 100, (top + height) / 100), dpi=100)
+    axes = figure.add_axes((left / (left + width), 0, width / (left + width),
+                            height / (top + height)))
+    axes.imshow(sheet, interpolation="nearest", aspect="auto")
+    for ticks, names in ((axes.set_xticks, columns), (axes.set_yticks, rows)):
+        ticks((side + 4) * np.arange(len(names)) + side / 2 + 4, names)
+    axes.tick_params(length=0, labelsize=12, labeltop=True, labelbottom=False)
+    axes.spines[:].set_visible(False)
+    return figure
+
+
 def draw_map() -> Figure:
     """The table MAP as a picture: a band for each chapter, a line for each method."""
     figure = Figure((11, 8.5), dpi=100)
@@ -120,3 +143,16 @@ def draw_map() -> Figure:
               "Guidance doubles the passes. A flow's likelihood needs an ODE solver.")
     axes.set(xlim=(0, 1100), ylim=(850, 0), aspect="auto")
     return figure
+
+
+def small_png(figure: Figure, most: int = 300_000) -> bytes:
+    """A figure as PNG, with 256 colours if it would be larger than `most` bytes."""
+    content = png(figure)
+    if len(content) > most:
+        image = Image.open(io.BytesIO(content)).convert("RGB")
+        content = png(image.quantize(256, kmeans=1, dither=Image.Dither.NONE))
+    return content
+
+
+if __name__ == "__main__":
+    print(*write([Path(run) for run in sys.argv[1:]], Path(__file__).parent), sep="\n")
