@@ -19,8 +19,9 @@ from nanogen import UserError, files
 from nanogen.data.datasets import Dataset, kind_of, load
 from nanogen.lab import machine, report
 from nanogen.lab.evaluate import evaluate, show, table
+from nanogen.lab.folders import RECORD, read_record, run_name
 from nanogen.lab.recipes import find_recipe, make_config, minutes_here, recipes
-from nanogen.lab.runs import RECORD, Run, read_record, run_name, train_run
+from nanogen.lab.runs import Run, train_run
 from nanogen.method import METHODS, find
 
 IMAGES, CLIPS = 12_000, 2_000  # sizes of the data sets of the tour
