@@ -162,7 +162,7 @@ def test_masks_are_as_large_as_those_of_the_sampler(method, name, steps, monkeyp
 
 
 @pytest.mark.parametrize("order", ["confidence", "halton"])
-def test_every_number_of_tokens_is_masked_equally_often_as_the_sampler_orders_them(
+def test_training_masks_as_many_tokens_and_in_the_order_that_the_sampler_asks_for(
         order, monkeypatch):
     model, masked = tiny("maskgit", order=order), []
 
@@ -174,16 +174,18 @@ def test_every_number_of_tokens_is_masked_equally_often_as_the_sampler_orders_th
     tokens, labels = torch.randint(32, (4000, 16)), torch.zeros(4000, dtype=torch.long)
     loss, metrics = model.loss({"tokens": tokens, "labels": labels})
     masked = masked[0]
-    counts = masked.sum(1, keepdim=True)
+    counts, halton = masked.sum(1, keepdim=True), sampling.halton_ranks(4)
     assert loss.item() == pytest.approx(math.log(32), rel=1e-4)
     assert metrics["masked"].item() == pytest.approx(masked.float().mean().item())
-    assert counts.flatten().bincount(minlength=17)[0] == 0
-    assert counts.flatten().bincount(minlength=17)[1:].float().std() < 30  # about 250 of each
-    ordered = masked == (sampling.halton_ranks(4) >= 16 - counts)
-    ordered = ordered.all(1)[(counts > 2)[:, 0] & (counts < 14)[:, 0]].float().mean().item()
-    assert ordered == pytest.approx(maskgit.HALTON if order == "halton" else 0, abs=0.03)
-    share = masked[:, sampling.halton_ranks(4).argsort()].float().mean(0)
-    assert (share.diff() > 0).all() if order == "halton" else share.std() < 0.02
+    quantiles = torch.tensor([0.0, 0.25, 0.5, 0.75, 1.0])  # of the fraction
+    expected = quantiles if order == "halton" else torch.cos(math.pi / 2 * (1 - quantiles))
+    expected = (16 * expected).ceil().clamp(min=1)
+    assert (counts.float().quantile(quantiles) - expected).abs().max() <= 1
+    ordered = (masked == (halton >= 16 - counts)).all(1)[((counts > 2) & (counts < 14))[:, 0]]
+    share = maskgit.HALTON if order == "halton" else 0
+    assert ordered.float().mean().item() == pytest.approx(share, abs=0.03)
+    often = masked[:, halton.argsort()].float().mean(0)
+    assert (often.diff() > 0).all() if order == "halton" else often.std() < 0.02
 
 
 def test_only_masked_tokens_count_in_the_loss(monkeypatch):

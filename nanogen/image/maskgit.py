@@ -4,21 +4,23 @@
     pass 1    ? 7 ? ?      predict all of them; keep the tokens that the network is surest of
     pass 2    3 7 ? 9      mask the others again and repeat: 8 to 12 passes for 64 tokens
 
-The Transformer, without the causal mask, learns to fill in masked tokens. The sampler masks fewer
-from pass to pass, a fraction cos(pi/2 r) of them with r = 0, 1/12 ... 11/12 for 12 passes, and each
-token is drawn once. So training masks every number of tokens, from 1 to 64, equally often. With the
-order "halton", which is the same for all images, three of four training images are masked as that
-order asks, and the fourth at random, so that the model can also complete a partial image. Tokens of
-one pass are drawn independently: the price of few passes.
+The Transformer, without the causal mask, learns to fill in masked tokens: a fraction cos(pi/2 r) of
+the image, r uniform, at random positions. The sampler asks for the same fractions, r = 0, 1/12 ...
+11/12 for 12 passes, but where confidence leads. Tokens of one pass are drawn independently: the
+price of few passes.
+
+Ours: with the order "halton", which is the same for all images, training masks what that order asks
+for in three of four images (random positions in the fourth serve partial images), and every number
+of tokens, from 1 to 64, equally often: the sampler draws each token once.
 
     python -m nanogen train maskgit --data cifar10      # FD-nano 22.0
 
 Sources: Chang et al. 2022, "MaskGIT" (masking, schedule, confidence with Gumbel noise); Besnier et
 al. 2025, "Halton scheduler" (tokens of one pass lie far apart and hardly depend on each other).
-Different here: class through AdaLN; a 3x3 convolution before the Transformer; `CodeEmbedding`; the
-paper trains the fraction cos(pi/2 r), r uniform, which masks almost all tokens more often.
+Different here: class through AdaLN; a 3x3 convolution before the Transformer; `CodeEmbedding`.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -99,12 +101,15 @@ class MaskGIT(Method):
         """batch: "tokens" (B, T), "labels" (B,). Cross-entropy in nats per masked token."""
         tokens = batch["tokens"]
         labels = drop_labels(batch["labels"], self.config.classes, self.config.label_dropout)
-        ranks = torch.rand(tokens.shape, device=tokens.device).argsort(1).argsort(1)  # random
-        if self.config.order == "halton":  # the first ones to mask are the last ones to draw
-            last = self.grid**2 - 1 - sampling.halton_ranks(self.grid).to(ranks)
-            ordered = torch.rand(len(tokens), 1, device=tokens.device) < HALTON
-            ranks = torch.where(ordered, last, ranks)
-        masked = ranks < torch.randint(1, 1 + self.grid**2, (len(tokens), 1), device=tokens.device)
+        batch, count, device = *tokens.shape, tokens.device
+        fraction = torch.rand(batch, 1, device=device)  # of the tokens to mask, at least one
+        ranks = torch.rand(batch, count, device=device).argsort(1).argsort(1)  # random positions
+        if self.config.order == "confidence":
+            fraction = torch.cos(math.pi / 2 * fraction)
+        else:  # the first ones to mask are the last ones to draw
+            last = count - 1 - sampling.halton_ranks(self.grid).to(ranks)
+            ranks = torch.where(torch.rand(batch, 1, device=device) < HALTON, last, ranks)
+        masked = ranks < (fraction * count).ceil().clamp(min=1)
         logits = self.logits(torch.where(masked, self.mask, tokens), labels)
         each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none",
                                label_smoothing=self.config.smoothing)
