@@ -118,8 +118,9 @@ def locked(folder: Path, wait: bool) -> Iterator[None]:
                 print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
                 fcntl.flock(file, fcntl.LOCK_EX)
             continue  # the other one has removed the file: a new one is needed
-        if path.exists() and path.stat().st_ino == os.fstat(file.fileno()).st_ino:
-            break
+        with contextlib.suppress(FileNotFoundError):  # removed before it was locked
+            if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
+                break
         file.close()
     with file:
         file.truncate(0)

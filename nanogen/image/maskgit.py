@@ -6,8 +6,8 @@
 
 The Transformer, without the causal mask, learns to fill in masked tokens: a fraction cos(pi/2 r) of
 the image, r uniform, at random positions. The sampler asks for the same fractions, r = 0, 1/12 ...
-11/12 for 12 passes, but where confidence leads. Tokens of one pass are drawn independently: the
-price of few passes.
+11/12 for 12 passes, but it chooses the positions by confidence. Tokens of one pass are drawn
+independently: the price of few passes.
 
 Ours: with the order "halton", which is the same for all images, training masks what that order asks
 for in three of four images (random positions in the fourth serve partial images), and every number
@@ -33,7 +33,7 @@ from nanogen.image import check_transformer
 from nanogen.image.tokenizer import known_tokens, show_partial
 from nanogen.method import Method, Requirement, check, choose
 
-HALTON = 0.75  # fraction of training images that are masked in Halton's order, if that is sampled
+HALTON = 0.75  # with the order "halton": fraction of training images that are masked in it
 
 
 @dataclass
@@ -44,7 +44,7 @@ class Config:
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # fraction of training images whose label is hidden, for guidance
     smoothing: float = 0.1  # label smoothing of the cross-entropy
-    order: str = "confidence"  # of the sampler: confidence or halton; training follows halton
+    order: str = "confidence"  # in which the sampler draws: confidence, or halton, as in training
     gumbel: float = 4.5  # size of the noise in the order by confidence; it falls to 0 at the end
     bottleneck: str = "vq"  # of the tokenizer: vq or fsq
     size: int = 32  # side of the images in pixels
