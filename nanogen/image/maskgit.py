@@ -9,9 +9,10 @@ the image, r uniform, at random positions. The sampler asks for the same fractio
 11/12 for 12 passes, but it chooses the positions by confidence. Tokens of one pass are drawn
 independently: the price of few passes.
 
-Ours: with the order "halton", which is the same for all images, training masks what that order asks
-for in three of four images (random positions in the fourth serve partial images), and every number
-of tokens, from 1 to 64, equally often: the sampler draws each token once.
+Ours: the order "halton" is the same for all images. If it is chosen, training masks three of four
+images as the sampler does: the tokens that come last in this order. The fourth image is masked at
+random, so that the model can also complete a partial image. Every number of masked tokens, from 1
+to 64, is equally likely, because the sampler draws each token once.
 
     python -m nanogen train maskgit --data cifar10      # FD-nano 22.0
 
@@ -44,7 +45,7 @@ class Config:
     dropout: float = 0.0  # on every residual branch
     label_dropout: float = 0.1  # fraction of training images whose label is hidden, for guidance
     smoothing: float = 0.1  # label smoothing of the cross-entropy
-    order: str = "confidence"  # in which the sampler draws: confidence, or halton, as in training
+    order: str = "confidence"  # of sampling: confidence or halton; training masks accordingly
     gumbel: float = 4.5  # size of the noise in the order by confidence; it falls to 0 at the end
     bottleneck: str = "vq"  # of the tokenizer: vq or fsq
     size: int = 32  # side of the images in pixels
@@ -76,6 +77,7 @@ class MaskGIT(Method):
         self.head = CodeEmbedding(codes, width, zero=True)  # first guess: uniform, loss log(K)
         angles = transformer.grid_angles(self.grid, self.grid, head=width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("halton", sampling.halton_ranks(self.grid), persistent=False)  # (T,)
 
     @staticmethod
     def requires(config: Config) -> Requirement:
@@ -107,8 +109,8 @@ class MaskGIT(Method):
         if self.config.order == "confidence":
             fraction = torch.cos(math.pi / 2 * fraction)
         else:  # the first ones to mask are the last ones to draw
-            last = count - 1 - sampling.halton_ranks(self.grid).to(ranks)
-            ranks = torch.where(torch.rand(batch, 1, device=device) < HALTON, last, ranks)
+            ordered = torch.rand(batch, 1, device=device) < HALTON
+            ranks = torch.where(ordered, count - 1 - self.halton, ranks)
         masked = ranks < (fraction * count).ceil().clamp(min=1)
         logits = self.logits(torch.where(masked, self.mask, tokens), labels)
         each = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none",
@@ -133,7 +135,6 @@ class MaskGIT(Method):
         count = max(self.grid**2 - given, 1)  # to draw; if none is left, one pass changes nothing
         steps = min(steps, count)
         labels = sampling.with_and_without(labels, self.config.classes, guidance)
-        halton = sampling.halton_ranks(self.grid).to(labels.device).float()
         tables, history = (self.embedding(), self.head()), []  # tables: once for all passes
         for step, new in enumerate(sampling.reveal_schedule(count, steps), start=1):
             inputs = torch.where(tokens < 0, self.mask, tokens)
@@ -141,7 +142,7 @@ class MaskGIT(Method):
             logits = sampling.apply_guidance(self.logits(inputs, labels, tables), guidance)
             drawn = sampling.draw(logits, generator, temperature) if truth is None else truth
             if order == "halton":
-                priority = -halton.expand(tokens.shape)
+                priority = -self.halton.float().expand(tokens.shape)
             else:
                 confidence = logits.log_softmax(-1).gather(-1, drawn[..., None]).squeeze(-1)
                 u = torch.rand(confidence.shape, generator=generator, device=labels.device)
