@@ -6,6 +6,10 @@ All of them are small: a few arrays in memory, from which a training draws batch
     fsdd       3,000 spoken digits by 6 speakers, 8 kHz; downloaded once (Free Spoken Digit Dataset)
     scenes     55,000 drawings with captions and the truth about them; made by scenes.py from a seed
     voices     8,800 spoken digits in 3 languages by 240 voices; made by voices.py from a seed
+    prompts    44,000 texts and the drawings that they ask for, edits too; made by prompts.py
+    clips      6,600 clips of 8 frames with a moving thing, and captions; made by scenes.py
+    things     22,000 drawings of several things, to train the reader on; made by prompts.py
+    subject    five drawings of something that no other data set has; made by prompts.py
     a folder   images or sounds of one's own, one sub-folder for each class
 
 "fsdd-without-jackson" has the speaker jackson in its test part alone: an unseen speaker.
@@ -24,12 +28,13 @@ from pathlib import Path
 import numpy as np
 
 from nanogen import UserError
-from nanogen.data import drawing, phonemes, scenes, voices
+from nanogen.data import drawing, phonemes, prompts, scenes, voices
 from nanogen.data.sources import SAMPLE_RATE, SOURCES, TESTS, download, read_folder, visible_files
 from nanogen.files import explained, fingerprint, make_folder, read_npz, write_atomically
 
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
-KINDS = {"cifar10": "images", "scenes": "images", "fsdd": "sounds", "voices": "sounds"}
+KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
+         "subject": "images", "clips": "videos", "fsdd": "sounds", "voices": "sounds"}
 WITHOUT = "-without-"  # fsdd-without-jackson
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -42,7 +47,8 @@ class Dataset:
     waveforms  N float32 (T,) in [-1, 1]    speakers  int64 (N,), a voice: an index into its names
     videos     uint8 (N, T, H, W, 3)        prompts   N texts (scenes: captions)
 
-    A folder's files: "files", their paths; "hashes" of their content; "sides" of images, in pixels.
+    A folder's files: "files", their paths (an image's name is its prompt); "hashes" of their
+    content; "sides" of images, in pixels.
     All further columns are the truth about data made by code: "background", "mask", "voice", ..."""
 
     name: str  # "cifar10", or what `name_of` calls a folder
@@ -124,7 +130,7 @@ def stamp(origin: str) -> str | None:
 def load(name_or_path: str | Path, folder: Path | None = None, count: int | None = None) -> Dataset:
     """A data set by its name, or a folder of one's own by its path.
     folder: where <name>.npz is kept, if not where `data_folders` says. count: load only so many
-    training examples and a tenth as many for the test, evenly spaced (scenes and voices: made on
+    training examples and a tenth as many for the test, evenly spaced (data made by code: made on
     the spot, not cached). UserError for an unknown name, a bad file or a failed download."""
     name = str(name_or_path)
     if count is not None and count < 1:
@@ -138,8 +144,10 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
     elif name and Path(name).expanduser().is_dir():
         own = Path(resolved(name))
         data = Dataset(name_of(own), str(own), *read_folder(own))
+        for part in (data.train, data.test) if data.kind == "images" else ():
+            part["prompts"] = [Path(file).stem.replace("_", " ") for file in part["files"]]
     else:
-        choices = f"say {', '.join(SOURCES)}, scenes, voices or an existing folder"
+        choices = f"say {', '.join([*SOURCES, *MADE])} or an existing folder"
         raise UserError(f"There is no data set or folder {name!r}: {choices}.")
     return data if count is None else thin(data, count)
 
@@ -222,17 +230,19 @@ def load_downloaded(name: str, folders: list[Path]) -> Dataset:
 
 
 def as_images(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
-    """Arrays "train_images", "test_labels"... as a data set. ValueError if they do not fit."""
+    """Arrays "train_images" (or "train_videos"), "test_labels"... as a data set. ValueError if they
+    do not fit."""
     parts = {}
     for part in ("train", "test"):
         columns = {key.removeprefix(f"{part}_"): arrays[key] for key in arrays
                    if key.startswith(f"{part}_")}
         columns["labels"] = columns["labels"].astype(np.int64)
-        images, count = columns["images"], len(columns["labels"])
-        if images.dtype != np.uint8 or images.shape != (count, 32, 32, 3):
+        images, count = columns[KINDS[name]], len(columns["labels"])
+        if images.dtype != np.uint8 or (len(images), *images.shape[-3:]) != (count, 32, 32, 3):
             raise ValueError(f"{images.dtype} {images.shape} beside {count} labels")
         parts[part] = columns
-    return Dataset(name, name, "images", **parts, names={"labels": arrays["class_names"].tolist()})
+    names = {"labels": arrays["class_names"].tolist()}
+    return Dataset(name, name, KINDS[name], **parts, names=names)
 
 
 def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
@@ -249,26 +259,27 @@ def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
     return Dataset(name, name, "sounds", train, test, names, None, int(arrays["sample_rate"]))
 
 
-# ---- made by code: scenes, voices
+# ---- made by code
 
 def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
-    """scenes or voices. Those of a count are made on the spot, all of them are kept."""
+    """One of MADE. Those of a count are made on the spot, all of them are kept."""
     small = {"speakers": 20, "languages": ["english"]} if name == "voices" else {}  # for a tour
-    arrays = MADE[name][0](count, max(1, count // 10), **small) if count \
+    arrays = MADE[name][0](count, max(2, count // 10), **small) if count \
         else made_once(name, folders)
     if name == "voices":
         data = as_sounds(name, arrays)
         return replace(data, names=data.names | {"language": list(voices.LANGUAGES)}, count=count)
     data = as_images(name, arrays)
-    for columns in (data.train, data.test):
-        looks = (columns[key] for key in ("labels", "color", "background"))
-        columns["prompts"] = scenes.captions(*looks)
+    if name == "scenes":
+        for columns in (data.train, data.test):
+            looks = (columns[key] for key in ("labels", "color", "background"))
+            columns["prompts"] = scenes.captions(*looks)
     names = {"background": scenes.BACKGROUNDS, "color": scenes.COLORS, "facing": scenes.FACINGS}
     return replace(data, names=data.names | {key: list(names[key]) for key in names}, count=count)
 
 
 def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
-    """All of scenes or voices, read from the first folder that has <name>.npz; else made and kept.
+    """All of one of MADE, read from the first folder that has <name>.npz; else made and kept.
     The file carries a fingerprint of the code without comments: if it differs, all is made anew."""
     make, total, modules, announce = MADE[name]
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
@@ -278,7 +289,7 @@ def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
             if str(file["fingerprint"]) == code:
                 return {key: file[key] for key in file.files if key != "fingerprint"}
     print(announce, file=sys.stderr)
-    arrays = make(total, total // 10)
+    arrays = make(total, max(2, total // 10))
     for folder in filter(writable, folders):
         with suppress(UserError):  # on a full disk the data serves without being kept
             write_cache(folder / f"{name}.npz", arrays | {"fingerprint": np.array(code)})
@@ -286,13 +297,17 @@ def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
     return arrays
 
 
-def draw_scenes(train_count: int, test_count: int) -> dict[str, np.ndarray]:
-    """Arrays as `as_images` takes them: the training part of seed 0, the test part of seed 1."""
-    arrays = {"class_names": np.array(scenes.THINGS)}
-    for part, count, seed in (("train", train_count, 0), ("test", test_count, 1)):
-        columns = scenes.make(count, seed=seed)
-        arrays |= {f"{part}_{column}": columns[column] for column in columns}
-    return arrays
+def drawn(make, names: tuple[str, ...]):
+    """A function (train count, test count) -> arrays as `as_images` takes them. make: (count, seed,
+    is it the test?) -> columns; names: of the classes."""
+    def draw(*counts: int) -> dict[str, np.ndarray]:
+        arrays = {"class_names": np.array(names)}
+        for seed, (part, count) in enumerate(zip(("train", "test"), counts, strict=True)):
+            columns = make(count, seed, part == "test")
+            arrays |= {f"{part}_{column}": np.array(columns[column]) for column in columns}
+        return arrays
+
+    return draw
 
 
 def record_voices(train_count: int, test_count: int, speakers: int = 200,
@@ -314,7 +329,16 @@ def record_voices(train_count: int, test_count: int, speakers: int = 200,
     }
 
 
+DRAWING = (scenes, drawing, prompts)
 MADE = {  # name -> how it is made, how many to learn from, by which modules, what to announce
-    "scenes": (draw_scenes, 50_000, (scenes, drawing), "Drawing 55,000 scenes: a minute, once."),
+    "scenes": (drawn(lambda count, seed, test: scenes.make(count, seed), scenes.THINGS), 50_000,
+               DRAWING[:2], "Drawing 55,000 scenes: a minute, once."),
+    "prompts": (drawn(prompts.make, scenes.THINGS), 40_000, DRAWING,
+                "Drawing 44,000 scenes from texts: two minutes, once."),
+    "clips": (drawn(prompts.make_clips, scenes.THINGS), 6_000, DRAWING,
+              "Drawing 6,600 clips: half a minute, once."),
+    "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING,
+               "Drawing 22,000 scenes: a minute, once."),
+    "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING, "Drawing a subject."),
     "voices": (record_voices, 8_000, (voices, phonemes), "Speaking 8,800 digits: a minute, once."),
 }

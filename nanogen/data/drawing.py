@@ -137,6 +137,13 @@ PARTS = {
         eyes: glass circle -10 -40 9, glass circle 24 -40 9""",
 }
 THINGS = tuple(PARTS)
+SUBJECT = "snail"  # an eleventh thing that no data set but "things" and "subject" has
+SUBJECT_PARTS = """
+    foot, neck: cream capsule -88 78 62 78 14, cream capsule 58 70 72 18 13
+    horns: cream capsule 66 10 56 -34 5, cream capsule 76 10 90 -32 5
+    tips, eye: black circle 56 -38 8, black circle 91 -36 8, black circle 78 16 6
+    shell: 1 circle -14 14 54, 1.5 circle -14 14 38, 0.7 circle -14 14 24, gold circle -14 14 11"""
+KINDS = (*THINGS, SUBJECT)
 
 
 def _read(parts: str) -> list[tuple]:
@@ -147,12 +154,12 @@ def _read(parts: str) -> list[tuple]:
             for paint, shape, *numbers in shapes]
 
 
-SHAPES = [_read(parts) for parts in PARTS.values()]
+SHAPES = [_read(parts) for parts in (*PARTS.values(), SUBJECT_PARTS)]
 
 
 def draw_things(canvas, kind, color, size, x, y, facing):
     """Paint one thing on each image of canvas, float32 (N, 32, 32, 3) in [0, 1], in place.
-    The rest is (N,): kind, color and facing index THINGS, COLORS and FACINGS; size, x and y are
+    The rest is (N,): kind, color and facing index KINDS, COLORS and FACINGS; size, x and y are
     pixels. -> the fraction of each pixel that thing and outline cover, float32 (N, 32, 32)."""
     coverage = np.zeros(canvas.shape[:3], dtype=np.float32)
     palette = np.array(list(COLOR_RGB.values()), dtype=np.float32)

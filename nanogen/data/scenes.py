@@ -12,7 +12,16 @@ import numpy as np
 
 from nanogen import UserError
 from nanogen.data import drawing
-from nanogen.data.drawing import BACKGROUNDS, COLORS, FACINGS, FONT, SIGN_HEIGHT, SIZE, THINGS
+from nanogen.data.drawing import (
+    BACKGROUNDS,
+    COLORS,
+    FACINGS,
+    FONT,
+    KINDS,
+    SIGN_HEIGHT,
+    SIZE,
+    THINGS,
+)
 
 RELATIONS = ("left of", "right of", "above", "below")
 DIRECTIONS = ("right", "down", "left", "up")  # of motion: quarter turns, y down
@@ -32,7 +41,7 @@ class Thing:
     facing: str = "right"
 
     def __post_init__(self):
-        _check("thing", self.kind, THINGS)
+        _check("thing", self.kind, KINDS)
         _check("colour", self.color, COLORS)
         _check("facing", self.facing, FACINGS)
         if not 4 <= self.size <= SIZE:
@@ -112,7 +121,7 @@ def render_scenes(scenes: list[Scene], rng: np.random.Generator) -> tuple[np.nda
     for layer in range(4):
         rows = [row for row, scene in enumerate(scenes) if len(scene.things) > layer]
         things = [scenes[row].things[layer] for row in rows]
-        kind = np.array([THINGS.index(thing.kind) for thing in things])
+        kind = np.array([KINDS.index(thing.kind) for thing in things])
         color = np.array([COLORS.index(thing.color) for thing in things])
         facing = np.array([FACINGS.index(thing.facing) for thing in things])
         size, x, y = np.array([(thing.size, thing.x, thing.y) for thing in things]).reshape(-1, 3).T
@@ -139,8 +148,8 @@ def random_text(rng: np.random.Generator) -> str:
 
 
 def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str = False,
-                 sign: bool | str = False) -> Scene:
-    """A scene with `count` things of one kind and colour, or with two in a relation.
+                 sign: bool | str = False, kinds: tuple[str, ...] = THINGS) -> Scene:
+    """A scene with `count` things of one of the kinds and a color, or with two in a relation.
 
     relation: True for any of RELATIONS, or one of them. sign: True for a random text, or the text.
     Things have cells of their own, so none hides another: two, side by side, if there is a sign."""
@@ -162,7 +171,7 @@ def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str 
     cells = sorted(rng.permutation(columns * rows)[:count], reverse=backwards)
 
     varied = 2 if relation else 1  # two kinds and colours, or one for all
-    kinds = rng.permutation(len(THINGS))[:varied]
+    chosen = rng.permutation(len(kinds))[:varied]
     colors = rng.integers(len(COLORS), size=varied)
     things = []
     for number, cell in enumerate(cells):
@@ -170,7 +179,7 @@ def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str 
         margin = _margin(size)
         x = rng.uniform(margin, width - margin) + cell % columns * width
         y = rng.uniform(margin, height - margin) + cell // columns * height + room_top
-        kind, color = THINGS[kinds[number % varied]], COLORS[colors[number % varied]]
+        kind, color = kinds[chosen[number % varied]], COLORS[colors[number % varied]]
         facing = FACINGS[rng.integers(2)]
         things.append(Thing(kind, color, float(size), float(x), float(y), facing))
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
@@ -210,35 +219,12 @@ def make(count: int, seed: int = 0) -> dict[str, np.ndarray]:
         coverage = drawing.draw_things(canvas, *looks, *place.T, truth["facing"])
         return {"images": _to_bytes(canvas), **truth, "place": place, "mask": coverage > 0.5}
 
-    return _collect(draw, count, seed, chunk=250)
+    return collect(draw, count, seed, chunk=250)
 
 
-def make_captioned(count: int, seed: int = 0, counts=(1, 2, 3, 4), relations: float = 0.3,
-                   signs: float = 0.3) -> dict:
-    """Images with captions, for models that read.
-
-    counts: how many things there may be. relations, signs: the fraction of scenes that have one.
-    -> images uint8 (N, 32, 32, 3); captions, a list; scenes, a list of Scene, the whole truth; mask
-    bool (N, 32, 32); labels, color (of the first thing), background and count int64 (N,)."""
-
-    def draw(rng, chunk):
-        scenes = []
-        for number in rng.choice(counts, size=chunk).tolist():
-            relation, sign = (rng.random(2) < (relations, signs)).tolist()
-            scenes.append(random_scene(rng, min(number, 2) if sign else number, relation, sign))
-        images, mask = render_scenes(scenes, rng)
-        return {"images": images, "captions": [scene.caption for scene in scenes],
-                "scenes": scenes, "mask": mask,
-                "labels": np.array([THINGS.index(scene.things[0].kind) for scene in scenes]),
-                "color": np.array([COLORS.index(scene.things[0].color) for scene in scenes]),
-                "background": np.array([BACKGROUNDS.index(scene.background) for scene in scenes]),
-                "count": np.array([len(scene.things) for scene in scenes])}
-
-    return _collect(draw, count, seed, chunk=100)
-
-
-def make_clips(count: int, seed: int = 0, frames: int = 8) -> dict:
-    """Clips of one thing that moves straight over a still background, facing where it goes.
+def make_clips(count: int, seed: int = 0, frames: int = 8, looks: np.ndarray | None = None) -> dict:
+    """Clips of one thing that moves straight over a still background, facing where it goes. looks
+    (M, 3): the combinations of thing, color and background to draw from; None: all of them.
 
     -> videos uint8 (N, T, 32, 32, 3); captions, a list; velocity float32 (N, 2), pixels a frame;
     place float32 (N, T, 2), always in sight; mask bool (N, T, 32, 32); direction int64 (N,), into
@@ -248,6 +234,9 @@ def make_clips(count: int, seed: int = 0, frames: int = 8) -> dict:
 
     def draw(rng, chunk):
         truth = _random_things(rng, chunk, 13, 17)
+        if looks is not None:
+            chosen = looks[rng.integers(len(looks), size=chunk)].T
+            truth |= dict(zip(("labels", "color", "background"), chosen, strict=True))
         direction = rng.integers(len(DIRECTIONS), size=chunk)
         angle = direction * (np.pi / 2) + rng.uniform(-0.3, 0.3, chunk)  # its name is clear
         margin = _margin(truth["size"])[:, None]
@@ -260,9 +249,9 @@ def make_clips(count: int, seed: int = 0, frames: int = 8) -> dict:
         truth["facing"] = (velocity[:, 0] > 0).astype(np.int64)
 
         canvas = drawing.draw_backgrounds(truth["background"], rng).repeat(frames, axis=0)
-        looks = (truth[key].repeat(frames) for key in ("labels", "color", "size"))
+        drawn = (truth[key].repeat(frames) for key in ("labels", "color", "size"))
         facing = truth["facing"].repeat(frames)
-        coverage = drawing.draw_things(canvas, *looks, *place.reshape(-1, 2).T, facing)
+        coverage = drawing.draw_things(canvas, *drawn, *place.reshape(-1, 2).T, facing)
         texts = captions(truth["labels"], truth["color"], truth["background"])
         return {"videos": _to_bytes(canvas).reshape(chunk, frames, SIZE, SIZE, 3),
                 "captions": [f"{text} moving {DIRECTIONS[way]}"
@@ -271,10 +260,10 @@ def make_clips(count: int, seed: int = 0, frames: int = 8) -> dict:
                 "mask": (coverage > 0.5).reshape(chunk, frames, SIZE, SIZE),
                 "direction": direction, **truth}
 
-    return _collect(draw, count, seed, chunk=32)
+    return collect(draw, count, seed, chunk=32)
 
 
-def _collect(draw, count: int, seed: int, chunk: int) -> dict:
+def collect(draw, count: int, seed: int, chunk: int) -> dict:
     """Join draw(rng, chunk) for as many chunks as needed, each with its own rng; cut to count."""
     if count < 1:
         raise UserError(f"count must be at least 1, got {count}")
