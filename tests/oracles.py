@@ -4,7 +4,7 @@ import math
 
 import torch
 
-from nanogen.blocks.flow_matching import alpha_bar, expand, solve
+from nanogen.blocks.flow_matching import alpha_bar, expand
 
 
 def posterior_mean(x, points, signal, noise):
@@ -52,35 +52,6 @@ def gaussian_velocity(mean, std):
         return mean + (t * std**2 - (1 - t)) / variance * (x - t * mean)
 
     return velocity
-
-
-def log_likelihood(velocity, x1, steps, exact=True, seed=0):
-    """log p(x1) in nats of each sample of x1: (B, ...) -> (B,), under the flow from N(0, I).
-
-    Where a flow spreads, the density falls: d log p(x_t)/dt = -div v(x_t, t) along a path (Chen et
-    al. 2018, "Neural ODEs"). So follow the path back to x_0, and add up div v on the way. exact:
-    div v = sum_i dv_i/dx_i by a backward pass for each dimension; otherwise Hutchinson's estimate
-    e.(dv/dx)e, with random signs e (Grathwohl et al. 2019, "FFJORD"): one pass, right on average.
-    """
-    shape, size = x1.shape, x1[0].numel()
-    signs = torch.randint(0, 2, (len(x1), size), generator=torch.Generator().manual_seed(seed))
-    signs = (2 * signs - 1).to(x1)
-
-    def both(state, t):  # (B, D + 1): the velocity, and div v beside it
-        with torch.enable_grad():
-            x = state[:, :-1].detach().requires_grad_()
-            v = velocity(x.reshape(shape), t).flatten(1)
-            if exact:
-                divergence = sum(torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i]
-                                 for i in range(size))
-            else:
-                divergence = (torch.autograd.grad((v * signs).sum(), x)[0] * signs).sum(1)
-        return torch.cat([v.detach(), divergence[:, None]], dim=1)
-
-    start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1)], dim=1)
-    end = solve(both, start, steps, "heun", t0=1.0, t1=0.0)
-    x0, integral = end[:, :-1], -end[:, -1]  # solved backwards in time, hence the minus
-    return -0.5 * (x0.square() + math.log(2 * math.pi)).sum(1) - integral
 
 
 def toy(name, count, seed=0):

@@ -5,7 +5,7 @@ from functools import partial
 
 import pytest
 import torch
-from oracles import gaussian_velocity, log_likelihood, oracle_noise_points, oracle_velocity_points
+from oracles import gaussian_velocity, oracle_noise_points, oracle_velocity_points
 
 from nanogen.blocks import flow_matching as fm
 
@@ -204,7 +204,7 @@ def gaussian_log_density(x, mean, std):
 def test_exact_likelihood_of_a_gaussian_is_the_closed_form():
     mean, std = torch.tensor([1.0, -0.5, 0.0]), torch.tensor([0.5, 1.5, 1.0])
     x1 = mean + std * torch.randn(64, 3)
-    nats = log_likelihood(gaussian_velocity(mean, std), x1, steps=100)
+    nats = fm.log_likelihood(gaussian_velocity(mean, std), x1, steps=100)
     assert torch.allclose(nats, gaussian_log_density(x1, mean, std), atol=2e-3)
 
 
@@ -215,20 +215,20 @@ def rotating(x, t):
 
 def test_hutchinson_agrees_with_exact_on_average_over_seeds():
     x1 = torch.randn(16, 2)
-    exact = log_likelihood(rotating, x1, 20)
+    exact = fm.log_likelihood(rotating, x1, 20)
     guesses = torch.stack(
-        [log_likelihood(rotating, x1, 20, exact=False, seed=s) for s in range(200)])
+        [fm.log_likelihood(rotating, x1, 20, exact=False, seed=s) for s in range(200)])
     assert guesses.std(0).min() > 0.5  # single probes do differ
     assert torch.allclose(guesses.mean(0), exact, atol=0.4)
     assert abs(guesses.mean() - exact.mean()) < 0.1
-    again = log_likelihood(rotating, x1, 20, exact=False, seed=7)
+    again = fm.log_likelihood(rotating, x1, 20, exact=False, seed=7)
     assert torch.equal(guesses[7], again)  # the same seed, the same number
 
 
 def test_likelihood_takes_images_and_networks_with_parameters():
     network = torch.nn.Conv2d(1, 1, 3, padding=1)
     x1 = torch.randn(3, 1, 4, 4)
-    nats = log_likelihood(lambda x, t: network(x), x1, 5)
+    nats = fm.log_likelihood(lambda x, t: network(x), x1, 5)
     assert nats.shape == (3,) and not nats.requires_grad and network.weight.grad is None
     # This field is linear, dx/dt = A x + b, so log p follows from the matrix exponential of A.
     units = torch.eye(16).view(16, 1, 4, 4)
@@ -238,7 +238,7 @@ def test_likelihood_takes_images_and_networks_with_parameters():
     for _ in range(steps):  # backwards, by the midpoint rule written out
         x = x - ((x - (x @ matrix.T + offset) / (2 * steps)) @ matrix.T + offset) / steps
     closed = gaussian_log_density(x, 0.0, 1.0) - matrix.trace()
-    nats = log_likelihood(lambda x, t: network(x), x1, 100).double()
+    nats = fm.log_likelihood(lambda x, t: network(x), x1, 100).double()
     assert torch.allclose(nats, closed, atol=1e-3)
 
 

@@ -145,6 +145,36 @@ def frames_curvature(frames: Tensor) -> Tensor:
     return (v - (frames[-1] - frames[0])).square().mean() / v.square().mean()
 
 
+def log_likelihood(velocity: Network, x1: Tensor, steps: int, exact: bool = True,
+                   seed: int = 0) -> Tensor:
+    """log p(x1) in nats of data x1: (B, ...) -> (B,), under the flow from N(0, I).
+
+    Where a flow spreads, the density falls: d log p(x_t)/dt = -div v(x_t, t) along a path (Chen et
+    al. 2018, "Neural ODEs"). So follow the path back to x_0 by midpoint steps, and add up div v on
+    the way. exact: div v = sum_i dv_i/dx_i, by a backward pass for each of the D dimensions; else
+    Hutchinson's estimate e.(dv/dx)e with random signs e (Grathwohl et al. 2019, "FFJORD"): one
+    pass, right on average. For images of 8 bits, add uniform noise of one level to x1 and subtract
+    D log(127.5) from the result: the density of values from 0 to 256."""
+    rng = torch.Generator().manual_seed(seed)
+    signs = (2 * torch.randint(0, 2, (len(x1), x1[0].numel()), generator=rng) - 1).to(x1)
+
+    def both(state: Tensor, t: Tensor) -> Tensor:  # (B, D + 1): the velocity, and div v beside it
+        with torch.enable_grad():
+            x = state[:, :-1].detach().requires_grad_()
+            v = velocity(x.view(x1.shape), t).flatten(1)
+            if exact:
+                divergence = sum(torch.autograd.grad(v[:, i].sum(), x, retain_graph=True)[0][:, i]
+                                 for i in range(signs.shape[1]))
+            else:
+                divergence = (torch.autograd.grad((v * signs).sum(), x)[0] * signs).sum(1)
+        return torch.cat([v.detach(), divergence[:, None]], dim=1)
+
+    start = torch.cat([x1.flatten(1), x1.new_zeros(len(x1), 1)], dim=1)
+    end = solve(both, start, steps, "midpoint", t0=1.0, t1=0.0)
+    x0, integral = end[:, :-1], -end[:, -1]  # solved backwards in time, hence the minus
+    return -0.5 * (x0.square() + math.log(2 * math.pi)).sum(1) - integral
+
+
 # ---- the baseline: diffusion, with the same network and the same direction of time
 
 def alpha_bar(t: Tensor) -> Tensor:
