@@ -25,7 +25,7 @@ import sys
 from pathlib import Path
 
 from nanogen import UserError, __version__
-from nanogen.method import METHODS, find
+from nanogen.method import METHODS, Method, find
 
 
 class Misuse(UserError):
@@ -145,7 +145,7 @@ def run_options(command: Parser, arguments: list[str]) -> list[str]:
         for name, kind in conditions.items():
             text = {"class": "names or numbers (all)", "text": "texts"}.get(kind, "files")
             group.add_argument(f"--{name.removesuffix('s')}", nargs="+", dest=name, help=text)
-        if arguments[0] == "sample" and "known" in inspect.signature(run.model.sample).parameters:
+        if arguments[0] == "sample" and type(run.model).known_part is not Method.known_part:
             group.add_argument("--known", nargs="+", help="images of which a part stays")
             group.add_argument("--hole", type=numbers, help="the part to draw: x,y,width,height")
             group.add_argument("--mask", help="instead of --hole: an image, white where to draw")
@@ -231,7 +231,7 @@ def compare_command(options) -> None:
     from nanogen.data.datasets import name_of
 
     out = Path(options.out or f"runs/compare-{name_of(options.data)}")
-    lab("tour").compare(options.data, options.minutes, out, options.n, options.seeds)
+    lab("tour").compare(options.data, options.minutes, out, options.n)
 
 
 def report_command(options) -> None:
@@ -270,7 +270,6 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
                 ("--data", "cifar10, scenes or a folder of images", dict(default="cifar10")),
                 ("--minutes", "for each training (5)", dict(type=float, default=5.0)),
                 ("--n", "samples of each method (500)", dict(type=int, default=500)),
-                ("--seeds", "how often they are drawn (1)", dict(type=int, default=1)),
                 ("--out", "folder (runs/compare-DATA); the same again goes on with it", {})),
     "report": (report_command, "one HTML page about runs",
                ("runs", "folders of runs", dict(nargs="+")),

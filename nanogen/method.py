@@ -16,6 +16,7 @@ Names of tensors, in batches and in conditions:
     waveforms  float (B, T) in [-1, 1] at 8,000 Hz, and their lengths int64 (B,) in samples
     labels     int64 (B,), a class; speakers   int64 (B,), a voice
     prompts    int64 (B, L), texts as Unicode code points, padded with 0
+    sources    an image that is given, like images; black everywhere where there is none
 """
 
 import dataclasses
@@ -36,10 +37,14 @@ METHODS = {  # name -> module; modules are imported when they are used
     "mar": "nanogen.image.mar",
     "flow": "nanogen.image.flow",
     "meanflow": "nanogen.image.meanflow",
+    "text_image": "nanogen.image.text_image",
+    "video": "nanogen.image.video",
+    "personalize": "nanogen.image.personalize",
     "wave_ar": "nanogen.audio.wave_ar",
     "codec": "nanogen.audio.codec",
     "audio_lm": "nanogen.audio.audio_lm",
     "judge": "nanogen.judge",
+    "reader": "nanogen.reader",
 }
 
 
@@ -55,6 +60,7 @@ class Requirement(NamedTuple):
     config: dict  # fields that its Config must have, such as {"bottleneck": "kl", "size": 32}
     recipe: str = "default"  # the recipe to train it by, if it is missing
     name: str = ""  # prefix of its folder; "": the method and its texts, as in tokenizer-kl
+    data: str = ""  # its data set; "": that of the run that requires it
     training_only: bool = False  # a finished model works without it (the perceptual network)
 
 
@@ -64,7 +70,8 @@ class Method(nn.Module):
     kind = "generator"  # "generator" (has `sample`), "tokenizer" (`encode`, `decode`), or "judge"
     data = "images"  # what it learns from: "images", "sounds" or "videos"; "any": as it comes
     concatenated = False  # learn from all sounds joined end to end and cut into equal rows
-    conditions: dict[str, str] = {"labels": "class"}  # of `sample`: name -> class, text or image
+    # Inputs of `sample`: name -> class, text, image or sound (a file), or optional image.
+    conditions: dict[str, str] = {"labels": "class"}
     output = "images"  # what `sample` returns: "images", "videos" or "waveforms"
     exact_likelihood = False  # there is a `log_likelihood(prepared batch)` -> nats (B,)
     samples_to_judge = 1000  # how many samples `evaluate` draws; fewer where each one is slow

@@ -95,7 +95,8 @@ def test_every_recipe_fits_its_method(method, fruit):
                 assert value in (getattr(config, key, None), getattr(training, key, None))
 
 
-@pytest.mark.parametrize("method", [m for m in METHODS if m not in ("wave_ar", "judge")])
+@pytest.mark.parametrize("method", [
+    method for method in METHODS if "gpu" in set().union(*recipes(method).values())])
 def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
     """Three steps on a CPU, on an untrained tokenizer, codec or judge of its recipe."""
     kind = find(method).Model.data

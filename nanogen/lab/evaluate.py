@@ -21,11 +21,12 @@ from nanogen.audio.wave_ar import entropy_baselines, mu_law_encode
 from nanogen.blocks.quantize import usage
 from nanogen.data.datasets import Dataset
 from nanogen.judge import Judge
-from nanogen.lab import machine, metrics, sound_metrics
+from nanogen.lab import machine, metrics, prompt_metrics, sound_metrics
 from nanogen.lab.plots import grid, to_uint8
 from nanogen.lab.prepare import columns, pad, test_columns, to_tensor
-from nanogen.lab.runs import Run, judge
+from nanogen.lab.runs import Run, judge, reader
 from nanogen.lab.sample import sample, write_samples, write_sounds
+from nanogen.reader import Reader
 
 
 def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, seed: int = 1,
@@ -41,15 +42,24 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     if settings and model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample, and no use for "
                         f"{' and '.join(settings)}.")
-    if (total := len(dataset.test[dataset.main])) < 2:
+    total = len(dataset.test[dataset.main])
+    if total < 2 and "prompts" not in model.conditions:
         raise UserError(f"{dataset.name} has {total} test examples, not 2: add files.")
+    beside = Path(os.path.normpath(run.folder / ".."))
     expert = run if model.kind == "judge" else None
-    if not expert and dataset.kind != "videos" and model.output == dataset.main:
-        expert = judge(dataset, Path(os.path.normpath(run.folder / "..")), quiet)
-    if model.kind == "judge":
+    if "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
+        expert = reader(beside, dataset.count, quiet)
+    elif not expert and dataset.kind != "videos" and model.output == dataset.main:
+        expert = judge(dataset, beside, quiet)
+    if run.method == "reader":
+        right = prompt_metrics.obeyed(dataset.test["images"], dataset.test, model)
+        result = {f"{name}_accuracy": values.mean().item() for name, values in right.items()}
+    elif model.kind == "judge":
         test = test_columns(run.model, dataset)
         result = accuracies(model, test[dataset.main], test)
         result["test_accuracy"] = result.pop("class_accuracy")
+    elif isinstance(expert and expert.model, Reader):
+        result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
     elif model.kind == "generator":
         result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:

@@ -93,7 +93,7 @@ def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
         return folder / "base"
     if need.name:
         return place_of(need.name, dataset, folder.parent)
-    return folder.parent / run_name(need.method, dataset.name, need.config)
+    return folder.parent / run_name(need.method, need.data or dataset.name, need.config)
 
 
 def place_of(prefix: str, dataset: Dataset, parent: Path) -> Path:
@@ -118,7 +118,8 @@ def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) ->
         if record["method"] != need.method or found != wanted:
             raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
                             f"train another {need.method}.")
-    check_data(base, record, dataset)
+    if not need.data:
+        check_data(base, record, dataset)
 
 
 def check_data(folder: Path, record: dict, dataset: Dataset) -> None:

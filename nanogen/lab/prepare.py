@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from nanogen import UserError
+from nanogen.blocks.text import encode_text
 from nanogen.data.datasets import Dataset
 from nanogen.data.sources import read_images
 from nanogen.files import content_hash, fingerprint, write_atomically
@@ -110,8 +111,12 @@ def columns(model: Method, dataset: Dataset, part: str = "train") -> dict[str, T
         tensors = {"videos": torch.from_numpy(values["videos"]).permute(0, 1, 4, 2, 3)}
     for name in model.columns:
         column = values[name]
-        is_text = len(column) > 0 and isinstance(column[0], str)
-        tensors[name] = encode_text(column) if is_text else torch.from_numpy(column)
+        if len(column) > 0 and isinstance(column[0], str):
+            tensors[name] = encode_text(column)
+        elif name == "sources":
+            tensors[name] = to_tensor(column, model.config.size)
+        else:
+            tensors[name] = torch.from_numpy(column)
     return tensors
 
 
@@ -140,12 +145,6 @@ def remarks(model: Method, dataset: Dataset, flip: bool) -> list[str]:
         if flip:
             said.append("Images are mirrored at random: --no-flip if left and right matter.")
     return said
-
-
-def encode_text(texts: list[str]) -> Tensor:
-    """Texts -> their Unicode code points, int64 (N, longest), padded with 0."""
-    rows = [torch.tensor([ord(character) for character in text]) for text in texts]
-    return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).long()
 
 
 def to_tensor(images: np.ndarray, size: int) -> Tensor:

@@ -25,10 +25,11 @@ def recipes(method: str) -> dict:
 
 
 def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dict:
-    """The recipe for a data set. One without its own gets cifar10's, or fsdd's if it is sounds."""
+    """The recipe for a data set. One without its own gets cifar10's, or fsdd's if it is sounds, or
+    the method's only one."""
     known = recipes(method)
-    usual = "fsdd" if kind == "sounds" else "cifar10"
-    found = known.get(whole(data)) or known.get(usual) or {"default": {}}
+    usual = known.get("fsdd" if kind == "sounds" else "cifar10")
+    found = known.get(whole(data)) or usual or next(iter(known.values()), {"default": {}})
     if name not in found:
         raise UserError(f"{method} has no recipe {name!r} for {data}: "
                         f"choose from {', '.join(found)}.")

@@ -93,6 +93,7 @@ class Job:
     begun: bool  # the folder has a state to go on with
     requirement: Requirement | None
     base: Path | None  # the folder of the required run
+    dataset: Dataset
 
 
 def train_run(method: str, data: str | Path | Dataset | None = None, overrides: dict | None = None,
@@ -148,7 +149,7 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
                 continue
             if place != folder and not quiet:
                 print(f"{method} requires {place}, which is trained first.", flush=True)
-            run = train_job(job, dataset, quiet)
+            run = train_job(job, job.dataset, quiet)
     return run
 
 
@@ -163,7 +164,7 @@ def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder:
         need = find(method).Model.requires(config)
         base = folders.base_folder(folder, dataset, need) if need else None
         jobs.insert(0, Job(method, folder, config, training, settings["sampling"],
-                           record is not None, need, base))
+                           record is not None, need, base, dataset))
         if need is None:
             return jobs
         record = read_record(base) if (base / RECORD).exists() else None
@@ -171,6 +172,8 @@ def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder:
             folders.check_base(base, record, need, dataset)
         if (base / WEIGHTS).exists():
             return jobs
+        if need.data:
+            dataset = remembered(need.data, dataset.count)
         method, folder, overrides = need.method, base, {} if record else need.config
         if not record and find(method).Model.kind != "judge":
             overrides = overrides | budget
@@ -288,6 +291,16 @@ def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) ->
     run = train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
     check_data(place, run.record, dataset)
     return run
+
+
+def reader(folder: Path = Path("runs"), count: int | None = None, quiet: bool = False) -> Run:
+    """The reader of scenes in `folder`: loaded, or trained now. count: of images to learn from."""
+    place = Path(folder) / "reader-things"
+    if (place / WEIGHTS).exists():
+        return load_run(place)
+    if not quiet:
+        print(f"Evaluation needs the reader {place}, which is trained first.", flush=True)
+    return train_run("reader", remembered("things", count), {}, place, resume=True, quiet=quiet)
 
 
 # ---- loading

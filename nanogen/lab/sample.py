@@ -105,10 +105,14 @@ def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
         return [number_of(value, name, run) for value in said] if said else every
     if kind == "text":
         return [str(text) for text in said or run.record["examples"][name]]
+    if not said and kind == "optional image":
+        return [-torch.ones(3, run.model.config.size, run.model.config.size)]  # black: none
     if not said:
         raise UserError(f"{run.folder} needs --{name.removesuffix('s')} FILE.")
-    if kind == "image":
-        return [to_float(read_image(file, run.model.config.size)[None])[0] for file in said]
+    if kind.endswith("image"):
+        size = run.model.config.size
+        images = [file if isinstance(file, np.ndarray) else read_image(file, size) for file in said]
+        return list(to_float(np.stack(images)))
     return [torch.from_numpy(read_sound(file)) for file in said]
 
 
@@ -179,7 +183,9 @@ def ask(run: "Run", function, *inputs, **settings):
 def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]:
     """The outputs of all batches as arrays."""
     if kind == "images":
-        return {"images": np.concatenate([to_uint8(drawn["images"]) for drawn in outputs])}
+        thoughts = sum((drawn.get("thoughts", []) for drawn in outputs), [])
+        return {"images": np.concatenate([to_uint8(drawn["images"]) for drawn in outputs])} | (
+            {"thoughts": np.array(thoughts)} if thoughts else {})
     if kind == "videos":
         videos = torch.cat([drawn["videos"].cpu() for drawn in outputs])
         return {"videos": np.stack([to_uint8(video) for video in videos])}

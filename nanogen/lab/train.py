@@ -229,8 +229,8 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
             mirrored = (coin < 0.5).to(images.device)[:, None, None, None]
             images = torch.where(mirrored, images.flip(-1), images)
         batch["images"] = images
-    if "videos" in batch:
-        batch["videos"] = batch["videos"].float() / 127.5 - 1
+    for name in {"videos", "sources"} & batch.keys():
+        batch[name] = batch[name].float() / 127.5 - 1
     return batch
 
 
