@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 
 from nanogen.__main__ import main
+from nanogen.data import datasets
 from nanogen.lab import tour
 from nanogen.lab.runs import train_run
 
@@ -17,8 +18,10 @@ README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = {language: "\n".join(re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL))
           for language in ("bash", "python")}
 COMMANDS = re.findall(r"^python -m nanogen (.+)$", BLOCKS["bash"], re.MULTILINE)
-TINY = ["--width", "32", "--depth", "1", "--heads", "2", "--steps", "2", "--batch-size", "16",
-        "--compile", "false"]
+QUICK = "--steps 2 --batch-size 16 --compile false".split()
+TEXT = "--width 32 --text-width 16 --text-depth 1 --heads 2"
+TINY = {"text_image": f"{TEXT} --widths 16,32 --think-width 16 --think-depth 1",
+        "video": f"{TEXT} --widths 32", "personalize": "--priors 2 --least 16"}
 
 
 @pytest.fixture(scope="module")
@@ -47,6 +50,10 @@ def workplace(tmp_path_factory):
         for name, (method, fields) in runs.items():
             fields = fields | dict(steps=2, batch_size=16, compile=False)
             train_run(method, name.split("-")[1], fields, folder / "runs" / name, quiet=True)
+        for name in ("prompts", "clips", "subject"):  # a few of each, kept as if they were all
+            make, _, *rest = datasets.MADE[name]
+            patch.setitem(datasets.MADE, name, (make, 20, *rest))
+            datasets.load(name)
     return folder
 
 
@@ -63,7 +70,10 @@ def test_every_command_runs_in_the_order_of_the_page(workplace, monkeypatch, cap
         if words[0] == "compare":  # over an hour: test_compare.py has it tiny
             continue
         if words[0] == "train":
-            words = [word for word in words if word != "--minutes" and not word.isdigit()] + TINY
+            words = [word for word in words if word != "--minutes" and not word.isdigit()]
+            words += TINY.get(words[1], "--width 32 --depth 1 --heads 2").split() + QUICK
+        if "--prompt" in words:
+            words += ["--n", "2", "--steps", "2"]
         if words[0] == "evaluate":
             words += ["--n", "20", "--steps", "2"]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"

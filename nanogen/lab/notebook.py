@@ -3,7 +3,8 @@
     show(maskgit.reveal_schedule)                 the source that runs, on the page
     run = method_run("flow", objective="ddpm")    loaded if finished, else trained, or trained on
     loss_curve(run, chance=math.log(1024))        "is my loss normal?"
-    show_images(images)  animate(frames)  listen(clips, titles)  spectrograms(clips, titles)
+    show_images(images)  gallery(images, titles, columns)  animate(frames)
+    listen(clips, titles)  spectrograms(clips, titles)
 
 NANOGEN_RUNS is the folder of the runs, ../runs unless set: on Colab, a folder on a mounted drive
 survives a disconnect. NANOGEN_SMOKE=1 is for tests/test_notebooks.py: few data, few samples.
@@ -21,6 +22,7 @@ import numpy as np
 import PIL.Image
 import soundfile
 from IPython.display import Image, Markdown, display
+from matplotlib.figure import Figure
 
 from nanogen.data.datasets import load
 from nanogen.lab import plots, recipes, report, runs
@@ -72,6 +74,27 @@ def show_images(images, columns: int = 10, scale: int = 2) -> None:
     display(Image(plots.png(images)))
 
 
+def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: float = 1.25) -> None:
+    """Show images uint8 (N, H, W, 3) in rows, each of `size` inches under its title, which is
+    broken after about `wrap` characters; colors: of the titles."""
+    titles = [textwrap.wrap(title, wrap) for title in titles]
+    rows, ratio = -(-len(images) // columns), images[0].shape[0] / images[0].shape[1]
+    height = size * ratio + 0.14 * max(map(len, titles)) + 0.1
+    figure = Figure((size * columns, rows * height), dpi=80, layout="constrained")
+    for i, (image, title) in enumerate(zip(images, titles, strict=True)):
+        axes = figure.add_subplot(rows, columns, i + 1)
+        axes.imshow(image, interpolation="nearest")
+        axes.set_title("\n".join(title), fontsize=7, color=colors[i] if colors else "black")
+        axes.set_axis_off()
+    show_figure(figure, 256)
+
+
+def show_figure(figure, colors: int) -> None:
+    """A figure with few colors, for a third of the bytes."""
+    image = PIL.Image.open(io.BytesIO(plots.png(figure))).convert("RGB")
+    show_images(image.quantize(colors, kmeans=1, dither=0))
+
+
 def animate(frames, columns: int = 10, scale: int = 2, milliseconds: int = 150) -> None:
     """Show grids in turn, endlessly; frames: moments, each uint8 (N, H, W, 3).
     An animated PNG, as GitHub and nbconvert show a GIF of a notebook as a line of text."""
@@ -95,9 +118,7 @@ def listen(waveforms, titles: list[str], rate: int = 8000) -> None:
 
 def spectrograms(waveforms, titles: list[str], columns: int = 10) -> None:
     """Log-mel spectrograms of waveforms (T,) at 8 kHz, `columns` in a row, on one scale for all."""
-    figure = plots.spectrograms([np.asarray(waveform) for waveform in waveforms], titles, columns)
-    image = PIL.Image.open(io.BytesIO(plots.png(figure))).convert("RGB")
-    show_images(image.quantize(64, kmeans=1, dither=0))  # a third of the bytes
+    show_figure(plots.spectrograms([np.asarray(clip) for clip in waveforms], titles, columns), 64)
 
 
 def loss_curve(run: runs.Run, chance: float) -> None:

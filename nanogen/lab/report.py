@@ -67,6 +67,11 @@ def first_look(folder: Path, config: dict, drawn: dict, shown: list[dict]) -> di
     or "sounds" with their spectrograms; {} if there is nothing. folder: samples/ of the run. drawn:
     what its samples.npz holds. shown: what `samples` finds."""
     found, size = {item["name"]: item for item in shown}, config.get("config", {}).get("size")
+    if "prompts" in drawn and {"images", "videos"} & drawn.keys():
+        few = np.linspace(0, len(drawn["prompts"]) - 1, min(5, len(drawn["prompts"]))).astype(int)
+        row = drawn["images"][few] if "images" in drawn else [
+            np.concatenate(clip[::3], axis=1) for clip in drawn["videos"][few]]  # frames in turn
+        return {"columns": drawn["prompts"][few].tolist(), "images": [list(map(image_uri, row))]}
     if "images" in drawn:
         columns, row = zip(*one_each(drawn, "images", config.get("names", {})), strict=True)
         return {"columns": columns, "images": [list(map(image_uri, row))]}

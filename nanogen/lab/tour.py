@@ -4,16 +4,14 @@
     python -m nanogen compare --data cifar10 --minutes 5     -> runs/compare-cifar10/index.html
     python -m nanogen list
 
-The tour trains nine methods for half a minute to two minutes each, by the recipes named "tour":
-small networks on small images and on voices, which are made by code. It shows each idea at work.
+The tour trains twelve methods for half a minute to two minutes each, by the recipes named "tour":
+small networks on small images, clips and voices, all made by code. It shows each idea at work.
 The comparison gives every way to make an image the same data and the same minutes. Both go on where
 they were stopped.
 """
 
 import time
 from pathlib import Path
-
-import numpy as np
 
 from nanogen import UserError, files
 from nanogen.data.datasets import Dataset, kind_of, load
@@ -24,7 +22,8 @@ from nanogen.lab.recipes import find_recipe, make_config, minutes_here, recipes
 from nanogen.lab.runs import Run, train_run
 from nanogen.method import METHODS, find
 
-IMAGES, CLIPS = 12_000, 2_000  # sizes of the data sets of the tour
+SIZES = {"scenes": 12_000, "voices": 2_000, "things": 3_000, "prompts": 4_000, "clips": 600,
+         "subject": 5}  # of the data sets of the tour
 STORY = {  # what the tour trains, in this order, and what it says of each
     "pixel_ar": "An image as a chain of color values. Each pixel costs a pass, so it has only 8x8.",
     "tokenizer": "An image as 16 tokens, each the index of one of 1,024 codes.",
@@ -33,37 +32,48 @@ STORY = {  # what the tour trains, in this order, and what it says of each
     "var": "A thumbnail first, then scale by scale: 5 passes.",
     "mar": "Continuous tokens: patches of pixels, each drawn by a small flow head, in 8 passes.",
     "flow": "No tokens: noise is carried to an image along nearly straight lines, in 16 passes.",
+    "text_image": "Images from texts, and edited by them. It works out sums before it draws.",
+    "video": "Clips of eight frames, all drawn at once.",
+    "personalize": "Five images teach the model of texts a new word, by small additions to it.",
     "codec": "A sound as 62.5 frames a second of a few tokens each. Digits, before and after.",
     "audio_lm": "A chain of those tokens: the model speaks a digit in a given voice.",
 }
 VARIANTS = {"mar": [{"head": "mse"}, {"head": "diffusion"}, {"head": "flow"}]}  # all are compared
 COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
-    "parameters": "parameters", "minutes": "minutes", "tokenizer_minutes": "tokenizer minutes",
+    "parameters": "parameters", "minutes": "minutes", "tokenizer_minutes": "base's minutes",
     "seconds_per_image": "s/image", "seconds_per_second_of_sound": "s/s of sound",
-    "psnr": "PSNR", "stoi": "STOI", "fd_nano": "FD-nano", "fd_nano_std": "+-",
-    "fd_nano_floor": "floor", "class_accuracy": "class accuracy", "precision": "precision",
-    "recall": "recall",
+    "psnr": "PSNR", "stoi": "STOI", "fd_nano": "FD-nano", "fd_nano_floor": "floor",
+    "class_accuracy": "class accuracy", "precision": "precision", "recall": "recall",
+    "looks / background": "background right", "looks / color": "color right",
+    "background": "background right", "subject": "subject recognised",
 }
 NOTE = """After longer trainings, the order of the methods may be another one. Tokenizers are
-trained for the same minutes once more and shared; tokenizer minutes include the network of the
-perceptual loss. +- is the standard deviation over sampling seeds. pixel_ar draws fewer pixels."""
+trained for the same minutes once more and shared; a base's minutes include the network of the
+perceptual loss. pixel_ar draws fewer pixels."""
 
 
-def tour(folder: Path, images: int = IMAGES, clips: int = CLIPS) -> Path:
-    """Train, sample and judge the methods of STORY, and write one page about them."""
+def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
+    """Train, sample and judge the methods of STORY, and write one page about them. sizes: how many
+    examples of each data set to learn from."""
     start, folder = time.monotonic(), Path(folder)
-    print(f"The tour: {len(STORY)} methods on {images:,} drawn images of 16x16 pixels and "
-          f"{clips:,} spoken digits; about {tour_minutes():.0f} minutes. {machine.describe()}")
-    sets = {"images": load("scenes", count=images), "sounds": load("voices", count=clips)}
-    for dataset in sets.values():
-        trained("judge", dataset, {}, folder, "tour")
+    print(f"The tour: {len(STORY)} methods on {sizes['scenes']:,} drawn images of 16x16 pixels and "
+          f"other small data; about {tour_minutes():.0f} minutes. {machine.describe()}")
+    data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
+            for method in STORY}
+    sets = {name: load(name, count=sizes[name]) for name in dict.fromkeys(data.values())}
+    for name in recipes("judge").keys() & sets.keys():
+        trained("judge", sets[name], {}, folder, "tour")
+    if "prompts" in sets:
+        trained("reader", load("things", count=sizes["things"]), {}, folder, "tour")
     rows, runs = [], []
     for method, story in STORY.items():
         print(f"\n{method}: {story}")
         model = find(method).Model
-        run = trained(method, sets[model.data], {}, folder, "tour")
+        dataset = sets[data[method]]
+        run = trained(method, dataset, {}, folder, "tour")
         slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
-        metrics = evaluate(run, 60 if slow else 300, sets[model.data])
+        slow = slow or "prompts" in model.conditions
+        metrics = evaluate(run, 60 if slow else 300, dataset)
         rows.append(row_of(method, run, metrics))
         runs.append(run.folder)
     minutes = (time.monotonic() - start) / 60
@@ -84,14 +94,13 @@ def tour_minutes() -> float:
                      for name, recipe in by_name.items() if name.startswith("tour"))
 
 
-def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500,
-            seeds: int = 1) -> list[dict]:
-    """Train every method that draws images for `minutes`, judge n samples for each of the sampling
-    seeds, write index.html and table.md to `out`, and return the rows of the table.
+def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500) -> list[dict]:
+    """Train every method that draws images for `minutes`, judge n samples of each, write index.html
+    and table.md to `out`, and return the rows of the table.
     What is trained already is not trained again. UserError if `out` has runs of other minutes."""
-    if n < 10 or seeds < 1 or not 0 < minutes < float("inf"):
-        raise UserError("compare needs at least 10 samples, 1 seed and some minutes, "
-                        f"got {n}, {seeds} and {minutes:g}.")
+    if n < 10 or not 0 < minutes < float("inf"):
+        raise UserError(f"compare needs at least 10 samples and some minutes, got {n} and "
+                        f"{minutes:g}.")
     dataset, out = data if isinstance(data, Dataset) else load(data), Path(out)
     if dataset.kind != "images":
         raise UserError(f"{dataset.name} holds {dataset.kind}, but compare needs images.")
@@ -102,7 +111,7 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500,
     for name, (method, fields) in names.items():
         print(f"\n{name}")
         run = trained(method, dataset, fields, out, budget={"minutes": minutes})
-        rows.append(row_of(name, run, judged(run, dataset, n, seeds)))
+        rows.append(row_of(name, run, evaluate(run, n, dataset)))
         runs.append(run.folder)
     print("\n" + table(rows))
     text = f"{title}, on {machine.describe()}.\n\n```\n{table(rows)}\n```\n\n{NOTE}\n"
@@ -126,23 +135,10 @@ def trained(method: str, dataset: Dataset, fields: dict, out: Path, recipe: str 
     return train_run(method, dataset, fields, folder, recipe, resume=True, budget=budget)
 
 
-def judged(run: Run, dataset: Dataset, n: int, seeds: int) -> dict:
-    """The metrics of a run, as means over sampling seeds."""
-    results = [evaluate(run, n, dataset, 1 + i) for i in range(seeds)]
-    drawn = [name for name, value in results[0].items()
-             if isinstance(value, float) and all(name in result for result in results)]
-    means = {name: float(np.mean([result[name] for result in results])) for name in drawn}
-    metrics = results[0] | means | {"seeds": seeds}
-    if seeds > 1:
-        metrics["fd_nano_std"] = float(np.std([result["fd_nano"] for result in results], ddof=1))
-    files.write_json(run.folder / "metrics.json", metrics)
-    return metrics
-
-
 def row_of(name: str, run: Run, metrics: dict) -> dict:
     """A method's row in the table."""
     before = run.record.get("required_minutes")
-    metrics = metrics | ({"tokenizer_minutes": before} if before else {})
+    metrics = report.flat(metrics) | ({"tokenizer_minutes": before} if before else {})
     return {"method": name} | {heading: metrics[metric] for metric, heading in COLUMNS.items()
                                if metric in metrics}
 
@@ -163,29 +159,36 @@ SOUND_METRICS = {"fd_nano": "FD-nano", "class_accuracy": "digits right",
                  "speaker_accuracy": "speakers right", "stoi": "STOI", "si_sdr": "SI-SDR",
                  "bits_per_sample": "bits/sample", "test_accuracy": "test accuracy",
                  "seconds_per_second_of_sound": "s/s of sound"}
+PROMPT_METRICS = {"looks / things": "kind and color", "relation / relation": "relation",
+                  "sign / sign": "sign", "sum / sign": "sum", "many / count": "number",
+                  "edits / all": "edit", "thing": "thing in clip", "direction": "direction",
+                  "subject": "subject", "others": "other things", "count_accuracy": "count"}
+TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_METRICS}
 
 
 def list_methods() -> str:
     """Methods, data sets, recipes, what each requires, and the metrics that each recipe gave."""
     lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
-    data = ("Data: cifar10, scenes (drawn by code), fsdd (spoken digits), voices (spoken by code), "
+    data = ("Data: cifar10, scenes (drawn by code), prompts (texts and drawings), clips (drawn), "
+            "subject (five drawings), fsdd (spoken digits), voices (spoken by code), "
             "or a folder with images or sounds, one sub-folder for each class.")
     return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True)])
 
 
 def recipe_tables(here: bool = False) -> list[str]:
-    """The measured recipes for images and for sounds, as in README.md; here: all recipes, with the
-    minutes that their trainings take on this machine, by its speed in matrix products."""
-    return [table(recipe_rows(kind, here)) for kind in ("images", "sounds")]
+    """The measured recipes for images, sounds and prompts, as in README.md; here: all recipes, with
+    the minutes that their trainings take on this machine, by its speed in matrix products."""
+    return [table(recipe_rows(kind, here)) for kind in TABLES]
 
 
 def recipe_rows(kind: str, here: bool = False) -> list[dict]:
-    """A row for each recipe for "images" or "sounds", with the metrics that it gave."""
-    rows, headings = [], SOUND_METRICS if kind == "sounds" else IMAGE_METRICS
+    """A row for each recipe of a table, one of TABLES, with the metrics that it gave."""
     every = [(method, data, name) for method in METHODS for data, known in recipes(method).items()
-             if kind_of(data) == kind for name in known if "tour" not in name]
+             if table_of(method, data) == kind for name in known if "tour" not in name]
+    rows = []
     for method, data, name in every:
         recipe = {"expected": {}} | find_recipe(method, data, kind, name)
+        recipe["expected"] = report.flat(recipe["expected"])
         config, training = make_config(method, recipe, {}, {})
         measured = recipe["expected"].get("minutes")
         required, need = "-", find(method).Model.requires(config)
@@ -197,10 +200,16 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
         if here:
             row["minutes here"] = short(minutes_here(recipe))
         found = {heading: show(recipe["expected"][metric]) if metric in recipe["expected"] else "-"
-                 for metric, heading in headings.items()}
+                 for metric, heading in TABLES[kind].items()}
         if here or set(found.values()) != {"-"}:
             rows.append(row | found | {"judge": recipe["expected"].get("judge", "-")[:4]})
     return rows
+
+
+def table_of(method: str, data: str) -> str:
+    """Which of TABLES has the recipes of this method on this data."""
+    prompted = method == "reader" or "prompts" in find(method).Model.conditions
+    return "prompts" if prompted else kind_of(data)
 
 
 def short(minutes: float | None) -> str:
