@@ -25,12 +25,13 @@ sys.path.insert(0, "..")
 from nanogen.lab import recipes, runs
 from nanogen.method import find
 
-WIDTHS = {"meanflow": (32, 32, 32), "codec": (8, 8, 8), "judge": (16, 16, 16)}
+WIDTHS = {"meanflow": (32, 32, 32), "codec": (8, 8, 8), "judge": (16, 16, 16),
+          "text_image": (32, 32, 32), "video": (32, 32)}
 
 
 def small_recipes(method):
     config = {"widths": WIDTHS[method]} if method in WIDTHS else {}
-    for name, value in {"width": 96, "depth": 2, "crop": 2304}.items():
+    for name, value in {"width": 96, "depth": 2, "crop": 2304, "priors": 16}.items():
         if hasattr(find(method).Config, name) and (method, name) != ("flow", "depth"):
             config[name] = value
     training, found = {"steps": 3, "batch_size": 16, "compile": False}, all_recipes(method)
