@@ -42,9 +42,13 @@ MAP = [  # a chapter and its idea; a method, its unit, order, loss, passes, like
     ("D  A head that samples them", "The Transformer describes a token; a small flow samples it."),
     ("mar", "continuous token", "any order", "flow matching", "12 + head", "no", [NOISE[8:, :8]]),
     ("E  Flow", "Noise becomes the whole image: no tokens, no order."),
-    ("flow", "whole image", "all at once", "flow matching", "16", "not here",
+    ("flow", "whole image", "all at once", "flow matching", "16", "by an ODE",
      [(1 - t) * NOISE + t * DISC for t in (0, 0.6, 1)]),
     ("meanflow", "whole image", "all at once", "average velocity", "1", "no", [NOISE, DISC]),
+    ("F  Follow a prompt", "The same flow reads a text; a clip has one more axis, time."),
+    ("text_image", "whole image", "all at once", "flow matching", "40", "no", [NOISE, DISC]),
+    ("video", "whole clip", "all at once", "flow matching", "40", "no",
+     [NOISE, *(np.roll(DISC, shift, axis=1) for shift in (-3, 3))]),
 ]
 COLOURS = {"p": "Greys", "s": "Greys", "d": "Blues", "c": "Oranges", "w": "Greens"}  # by unit
 HEADINGS = {20: "method", 150: "first: light,\nlast: dark", 318: "unit",
@@ -117,7 +121,7 @@ def named_grid(images: list[np.ndarray | None], rows: list[str], columns: list[s
 
 def draw_map() -> Figure:
     """The table MAP as a picture: a band for each chapter, a line for each method."""
-    figure = Figure((11, 8.5), dpi=100)
+    figure = Figure((11, 10), dpi=100)
     axes, y = figure.add_axes((0, 0, 1, 1), frame_on=False, xticks=[], yticks=[]), 62
     for x, heading in HEADINGS.items():
         axes.text(x, 34, heading, color="#666666", va="center", size=10.5)
@@ -141,7 +145,7 @@ def draw_map() -> Figure:
         y += 53
     axes.text(20, y + 24, "tokenizer and codec make the tokens. "
               "Guidance doubles the passes. A flow's likelihood needs an ODE solver.")
-    axes.set(xlim=(0, 1100), ylim=(850, 0), aspect="auto")
+    axes.set(xlim=(0, 1100), ylim=(1000, 0), aspect="auto")
     return figure
 
 
