@@ -18,7 +18,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.embedding, self.head_dim = nn.Embedding(vocabulary, width), width // heads
         nn.init.normal_(self.embedding.weight, std=0.5)
-        self.always = nn.Parameter(torch.zeros(width))  # the condition of all layers: no time here
+        self.always = nn.Parameter(torch.zeros(width))  # no condition: only biases learn
         self.transformer = Transformer(width, depth, heads)
 
     def forward(self, tokens: Tensor) -> tuple[Tensor, Tensor, Tensor]:

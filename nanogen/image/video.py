@@ -126,11 +126,10 @@ class Video(Method):
         length, overlap = length or frames, overlap or frames // 2
         if not 0 < overlap < frames:
             raise ValueError(f"overlap must be from 1 to {frames - 1}, got {overlap}")
-        clip = sources[:, None] if known is None else known
-        given = (clip > -1).flatten(1).any(1)
-        if given.any() != given.all():
+        begun = (sources > -1).flatten(1).any(1)  # not black: there is a first frame
+        if known is None and begun.any() != begun.all():
             raise ValueError("either all clips have a first frame or none")
-        clip = clip if given.any() else clip[:, :0]
+        clip = known if known is not None else sources[:, None][:, : int(begun.any())]
         tokens = to_tokens(to_texts(conditions["prompts"]), sources.device)
         rng = torch.Generator(sources.device).manual_seed(seed)
         while clip.shape[1] < length:
