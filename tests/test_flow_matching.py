@@ -138,6 +138,16 @@ def test_evaluations_are_counted_and_times_run_from_0_to_1(method):
     times.clear()
     fm.solve(field, torch.randn(3, 2), 4)
     assert times == [0, 0.25, 0.5, 0.75]
+    times.clear()
+    fm.solve(field, torch.randn(3, 2), 2, shift=3)
+    assert times == [0, 0.25]
+
+
+def test_a_shift_by_the_root_of_n_gives_the_mean_of_n_frames_the_signal_of_one():
+    t, frames = torch.linspace(0, 0.9, 10), 8
+    early = fm.shifted(t, frames**0.5)
+    assert torch.allclose(early / ((1 - early) / frames**0.5), t / (1 - t), atol=1e-5)
+    assert fm.shifted(torch.ones(1), 5.0) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

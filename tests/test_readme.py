@@ -21,7 +21,7 @@ COMMANDS = re.findall(r"^python -m nanogen (.+)$", BLOCKS["bash"], re.MULTILINE)
 QUICK = "--steps 2 --batch-size 16 --compile false".split()
 TEXT = "--width 32 --text-width 16 --text-depth 1 --heads 2"
 TINY = {"text_image": f"{TEXT} --widths 16,32 --think-width 16 --think-depth 1",
-        "video": f"{TEXT} --widths 32", "personalize": "--priors 2 --least 16"}
+        "video": f"{TEXT} --widths 16,32", "personalize": "--priors 2 --least 16"}
 
 
 @pytest.fixture(scope="module")

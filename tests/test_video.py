@@ -9,7 +9,7 @@ from PIL import Image
 from nanogen.__main__ import main
 from nanogen.blocks.unet import TemporalAttention
 from nanogen.data.datasets import load
-from nanogen.image import to_tokens, video
+from nanogen.image import text_image, to_tokens, video
 from nanogen.lab import runs
 from nanogen.lab.prepare import encode_text
 
@@ -64,6 +64,19 @@ def test_attention_over_time_stays_in_its_place_and_knows_the_order_of_frames():
 
 
 # ---- learning
+
+
+def test_before_training_each_frame_is_drawn_as_its_base_draws_an_image():
+    fields = NARROW | dict(size=8)
+    base = awake(text_image.TextImage(text_image.Config(**fields, think_width=16, think_depth=1)))
+    torch.manual_seed(2)
+    model = video.Video(video.Config(**fields, frames=4), base)
+    clips, t, tokens = random_clips(), torch.tensor([0.2, 0.7]), to_tokens(TEXTS, "cpu")
+    drawn = model.velocity(clips, t, tokens, torch.full_like(clips, np.nan))
+    for i in range(4):
+        frame = clips[:, i]
+        assert torch.allclose(drawn[:, i], base.velocity(frame, t, tokens, -torch.ones_like(frame)),
+                              atol=1e-5)
 
 
 def noted_loss(model, clips, monkeypatch, wrong_by):
@@ -141,9 +154,12 @@ def test_an_overlap_that_leaves_nothing_to_go_on_from_or_to_draw_is_refused(over
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of three steps on 20 clips of 8 frames."""
-    folder = tmp_path_factory.mktemp("runs") / "video-clips"
+    folder = tmp_path_factory.mktemp("runs")
     fields = NARROW | QUICK | dict(batch_size=4)
-    return runs.train_run("video", load("clips", count=20), fields, folder, quiet=True)
+    runs.train_run("text_image", load("prompts", count=20), fields | dict(think_width=16),
+                   folder / "text_image-prompts", quiet=True)
+    return runs.train_run("video", load("clips", count=20), fields, folder / "video-clips",
+                          quiet=True)
 
 
 def test_an_image_moves_from_the_command_line(run, tmp_path):

@@ -23,19 +23,18 @@ from nanogen.blocks.transformer import attention, grid_angles, norm, rotate, zer
 
 class UNet(nn.Module):
     """Images (B, channels, H, W) and a condition (B, condition) -> same shape as the images.
-    widths: channels at 1/fold, 1/(2 fold), ... of the size, multiples of 16 (of clips 32); blocks:
-    residual blocks per level, on each way; attention_at: number of coarsest levels with
-    self-attention (the middle always has it); fold: side of the pixel squares that are folded into
-    channels; text: features of the tokens of a text that all levels attend to; given: input
+    widths: channels at 1/2, 1/4, ... of the size, multiples of 16; blocks: residual blocks per
+    level, on each way; attention_at: number of coarsest levels with self-attention (the middle
+    always has it); text: features of the tokens of a text that all levels attend to; given: input
     channels beside the image, such as those of another image; frames: so many images in a row are a
     clip, and every level also attends over time."""
 
     def __init__(self, channels: int, widths: tuple[int, ...], blocks: int, attention_at: int,
-                 condition: int, fold: int = 2, text: int = 0, given: int = 0, frames: int = 0):
+                 condition: int, text: int = 0, given: int = 0, frames: int = 0):
         super().__init__()
-        self.fold, levels = fold, len(widths)
+        levels = len(widths)
         attends = [(level >= levels - attention_at, text, frames) for level in range(levels)]
-        self.inp = nn.Conv2d((channels + given) * fold**2, widths[0], 3, padding=1)
+        self.inp = nn.Conv2d(4 * (channels + given), widths[0], 3, padding=1)
         self.down, self.up = nn.ModuleList(), nn.ModuleList()
         skips = [widths[0]]  # channels of each map on the way down
         for level, width in enumerate(widths):
@@ -55,13 +54,13 @@ class UNet(nn.Module):
                 self.up.append(Upsample(width, widths[level - 1]))
                 width = widths[level - 1]
         self.out_norm = nn.GroupNorm(width // 16, width)
-        self.out = zeroed(nn.Conv2d(width, channels * fold**2, 3, padding=1), adamw=True)
+        self.out = zeroed(nn.Conv2d(width, 4 * channels, 3, padding=1), adamw=True)
 
     def forward(self, x: Tensor, condition: Tensor, *text: Tensor) -> Tensor:
         """x: (B, channels + given, H, W) or (B frames, ...) -> the same without the given channels.
         text: features (B, L, text), and bool (B, L), which of them are not padding."""
         condition = F.silu(condition)
-        x = F.pixel_unshuffle(x, self.fold).contiguous(memory_format=torch.channels_last)
+        x = F.pixel_unshuffle(x, 2).contiguous(memory_format=torch.channels_last)
         skips = [self.inp(x)]
         for stage in self.down:
             skips.append(stage(skips[-1], condition, *text))
@@ -70,7 +69,7 @@ class UNet(nn.Module):
             if not isinstance(stage, Upsample):
                 x = torch.cat([x, skips.pop()], dim=1)
             x = stage(x, condition, *text)
-        return F.pixel_shuffle(self.out(F.silu(self.out_norm(x))), self.fold).float()
+        return F.pixel_shuffle(self.out(F.silu(self.out_norm(x))), 2).float()
 
 
 class Stage(nn.Module):
@@ -146,21 +145,21 @@ class TemporalAttention(nn.Module):
 
     def __init__(self, width: int, frames: int):
         super().__init__()
-        self.heads, self.frames = width // 32, frames
+        self.head, self.frames = 16 if width % 32 else 32, frames  # channels of a head
         self.norm = nn.GroupNorm(width // 16, width)
         self.qkv = nn.Conv2d(width, 3 * width, 1)
         self.out = zeroed(nn.Conv2d(width, width, 1))
-        angles = grid_angles(frames, head=32)  # (frames, 16): which image it is
+        angles = grid_angles(frames, head=self.head)  # (frames, head / 2): which image it is
         cos, sin = angles.cos(), angles.sin()
         rotation = torch.stack([torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1)])
         self.register_buffer("rotation", rotation, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        shape = (-1, self.frames, 3, self.heads, 32, x.shape[2] * x.shape[3])
-        qkv = self.qkv(self.norm(x)).reshape(shape)  # (B, frames, 3, heads, 32, H W)
-        q, k, v = qkv.permute(2, 0, 5, 3, 1, 4).flatten(1, 2)  # (B H W, heads, frames, 32) each
+        shape = (-1, self.frames, 3, x.shape[1] // self.head, self.head, x.shape[2] * x.shape[3])
+        qkv = self.qkv(self.norm(x)).reshape(shape)  # (B, frames, 3, heads, head, H W)
+        q, k, v = qkv.permute(2, 0, 5, 3, 1, 4).flatten(1, 2)  # (B H W, heads, frames, head) each
         q, k = (rotate(norm(part), self.rotation) for part in (q, k))
-        mixed = (q @ k.transpose(-1, -2) * 32**-0.5).softmax(-1).to(v.dtype) @ v
+        mixed = (q @ k.transpose(-1, -2) * self.head**-0.5).softmax(-1).to(v.dtype) @ v
         mixed = mixed.unflatten(0, (-1, shape[-1])).permute(0, 3, 2, 4, 1)
         return x + self.out(mixed.reshape(x.shape))
 

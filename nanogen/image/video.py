@@ -4,13 +4,15 @@
     an image and a text               ->  a clip that begins with this image
     the last frames of a clip         ->  the frames after them, again and again: a longer clip
 
-The network is the U-Net of the images. Its convolutions see one frame at a time; attention over
-time lets each position of a frame see the same position in all other frames. Known frames enter as
-further channels, with one that says which they are. In training, none, one, or several frames are
-known, at random; the loss is that of the others. So one network does all three.
+The network is that of image/text_image.py, and begins with its weights, which draw single images
+already. Its convolutions and its attention see one frame at a time. What is new begins at zero:
+attention over time, in which each position of a frame sees the same position in all other frames;
+and input channels for known frames. In training, none, one, or several frames are known, at random;
+the loss is that of the others. So one network does all three.
 
-All frames show the same thing, so noise hides a clip less than an image, and what a text decides is
-decided early: training draws early times, as in image/text_image.py.
+All frames show the same background and thing, so noise hides a clip less than an image: the mean of
+8 frames has the noise of one frame, divided by sqrt(8). What moves where is decided earlier than in
+an image, so both training and sampler use earlier times, shifted by sqrt(8) (see `fm.shifted`).
 
     python -m nanogen train video --data clips
     python -m nanogen sample runs/video-clips --prompt "a blue ship on the sea moving right"
@@ -22,8 +24,9 @@ the right thing in 71% of the frames, in 86% if two frames are given; the right 
 the clips, or 99%; at most half a pixel off a straight line 46%, or 64%. Not good yet.
 
 Sources: Ho et al. 2022, "Video Diffusion Models" (a U-Net with attention over space and time);
-Polyak et al. 2024, "Movie Gen" (flow matching over all frames); Brooks et al. 2024, "Sora" (known
-frames, to animate an image and to go on with a clip).
+Singer et al. 2022, "Make-A-Video" (a network of images learns to move); Polyak et al. 2024, "Movie
+Gen" (flow matching over all frames); Esser et al. 2024, "Stable Diffusion 3" (shifted times);
+Brooks et al. 2024, "Sora" (known frames, to animate an image and to go on with a clip).
 Different here: pixels instead of latents; a longer clip is drawn window by window.
 """
 
@@ -40,14 +43,14 @@ from nanogen.blocks.transformer import TimeEmbedding
 from nanogen.blocks.unet import UNet, check_fit
 from nanogen.data import prompts
 from nanogen.image import no_text, to_texts, to_tokens
-from nanogen.method import Method, check, check_numbers
+from nanogen.method import Method, Requirement, check, check_numbers
 
 
 @dataclass
 class Config:
-    widths: tuple[int, ...] = (96, 160)  # channels at 1/4, 1/8 of the size
+    widths: tuple[int, ...] = (64, 128, 128)  # channels at 1/2, 1/4, 1/8 of the size
     blocks: int = 1  # residual blocks per level
-    attention_at: int = 1  # coarsest levels with self-attention; all attend to text and over time
+    attention_at: int = 2  # coarsest levels with self-attention; all attend to text and over time
     width: int = 256  # size of the vector of time and text that conditions the U-Net
     text_width: int = 128  # features of a token of the text
     text_depth: int = 2  # blocks of the text encoder
@@ -59,9 +62,8 @@ class Config:
     def __post_init__(self):
         check_numbers(self, attention_at=(self.attention_at >= 0, "at least 0"),
                       frames=(self.frames > 2, "at least 3"))
-        check_fit(self.size, (*self.widths, self.widths[-1]))  # folds of 4, not 2
-        check(self, text_width=(self.text_width % (2 * self.heads) == 0, "a multiple of 2 * heads"),
-              widths=(all(width % 32 == 0 for width in self.widths), "multiples of 32"))
+        check_fit(self.size, self.widths)
+        check(self, text_width=(self.text_width % (2 * self.heads) == 0, "a multiple of 2 * heads"))
 
 
 class Video(Method):
@@ -70,7 +72,7 @@ class Video(Method):
     data, output = "videos", "videos"
     conditions = {"prompts": "text", "sources": "optional image"}
     columns = ("prompts",)
-    times = staticmethod(partial(fm.logit_normal_times, mean=-1.0, std=1.5))
+    times = staticmethod(partial(fm.logit_normal_times, mean=-2.0, std=1.5))  # -1 - log sqrt(8)
 
     def __init__(self, config: Config, base: nn.Module | None = None):
         super().__init__()
@@ -80,7 +82,20 @@ class Video(Method):
         self.time = TimeEmbedding(config.width)
         self.summary = nn.Linear(config.text_width, config.width)
         self.network = UNet(3, config.widths, config.blocks, config.attention_at, config.width,
-                            fold=4, text=config.text_width, given=4, frames=config.frames)
+                            text=config.text_width, given=4, frames=config.frames)
+        if base is not None:  # only training needs it
+            known = {name: value for name, value in base.state_dict().items()
+                     if not name.startswith("chain.")}
+            first = known["network.inp.weight"]  # no channels say which frames are known
+            known["network.inp.weight"] = F.pad(first, (0, 0) * 2 + (0, 4))  # 1 x 2 x 2, folded
+            self.load_state_dict(self.state_dict() | known)
+
+    @staticmethod
+    def requires(config: Config) -> Requirement:
+        same = ("widths", "blocks", "attention_at", "width", "text_width", "text_depth", "heads",
+                "size")
+        fields = {name: getattr(config, name) for name in same}
+        return Requirement("text_image", fields, data="prompts", training_only=True)
 
     def velocity(self, x_t: Tensor, t: Tensor, tokens: Tensor, known: Tensor) -> Tensor:
         """x_t: (B, T, 3, H, W), t: (B,), tokens: (B, L), known: like x_t, NaN in frames that are to
@@ -88,7 +103,7 @@ class Video(Method):
         features, seen, mean = self.encoder(tokens)
         known = known.repeat(len(x_t) // len(known), 1, 1, 1, 1)
         frames, is_known = self.config.frames, ~known[:, :, :1].isnan()
-        x = torch.cat([x_t, known.nan_to_num(0), is_known.to(x_t.dtype)], dim=2).flatten(0, 1)
+        x = torch.cat([x_t, known.nan_to_num(-1), is_known.to(x_t.dtype)], dim=2).flatten(0, 1)
         condition = (self.time(t) + self.summary(mean)).repeat_interleave(frames, dim=0)
         text = (part.repeat_interleave(frames, dim=0) for part in (features, seen))
         return self.network(x, condition, *text).unflatten(0, (-1, frames))
@@ -141,7 +156,7 @@ class Video(Method):
             def pinned(x: Tensor, t: Tensor, field=field, given=given, x0=x0) -> Tensor:
                 return torch.where(given.isnan(), field(x, t), given - x0)  # as known in training
 
-            new = fm.solve(pinned, x0, steps, method).clamp(-1, 1)
+            new = fm.solve(pinned, x0, steps, method, shift=frames**0.5).clamp(-1, 1)
             clip = torch.cat([clip, new[:, last.shape[1]:]], dim=1)
         return {"videos": clip[:, :length]}
 
