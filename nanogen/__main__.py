@@ -146,9 +146,12 @@ def run_options(command: Parser, arguments: list[str]) -> list[str]:
             text = {"class": "names or numbers (all)", "text": "texts"}.get(kind, "files")
             group.add_argument(f"--{name.removesuffix('s')}", nargs="+", dest=name, help=text)
         if arguments[0] == "sample" and type(run.model).known_part is not Method.known_part:
-            group.add_argument("--known", nargs="+", help="images of which a part stays")
-            group.add_argument("--hole", type=numbers, help="the part to draw: x,y,width,height")
-            group.add_argument("--mask", help="instead of --hole: an image, white where to draw")
+            group.add_argument("--known", nargs="+", help="files of which a part stays")
+            if run.model.data == "sounds":
+                group.add_argument("--keep", type=float, help="so many seconds stay (all)")
+            else:
+                group.add_argument("--hole", type=numbers, help="to draw: x,y,width,height")
+                group.add_argument("--mask", help="instead of --hole: white where to draw")
         for name, kind in settings.items():
             add_option(group, name, kind, f"({run.record['sampling'].get(name, 'as it comes')})")
     at = arguments.index(folder)
@@ -197,10 +200,11 @@ def sample_command(options) -> None:
     conditions = {name: said[name] for name in options.conditions if said[name]}
     settings = {name: said[name] for name in options.settings if name in said}
     out, known = Path(options.out or run.folder / "samples"), None
-    if pictures := said.get("known"):
-        known = lab("sample").read_known(run, pictures, options.hole, options.mask)
-    elif said.get("hole") or said.get("mask"):
-        raise Misuse("--hole and --mask need --known IMAGE, of which the rest stays")
+    part = {name: said[name] for name in ("hole", "mask", "keep") if said.get(name) is not None}
+    if files := said.get("known"):
+        known = lab("sample").read_known(run, files, **part)
+    elif part:
+        raise Misuse(f"--{next(iter(part))} needs --known FILE, of which a part stays")
     lab("sample").sample(run, options.n, conditions, options.seed, out=out, known=known, **settings)
     files = len(list(out.glob("*.wav")))
     kept = f" ({files} of them as .wav)" if 0 < files < options.n else ""

@@ -110,8 +110,9 @@ class Method(nn.Module):
 
     def known_part(self, images: Tensor, seen: Tensor) -> Tensor:
         """What `sample` takes as `known=` so that these images (B, 3, H, W) stay where bool (H, W)
-        `seen` says so. Only methods that can keep a part of an image have it."""
-        raise ValueError("this method cannot keep a part of an image")
+        `seen` says so; or these sounds (B, T), of which the first (B,) samples stay. Only methods
+        that can keep a part of their output have it."""
+        raise ValueError("this method cannot keep a part of an image or a sound")
 
     def sample(self, conditions: dict[str, Tensor], seed: int = 0) -> dict[str, Tensor]:
         """Draw one output for each row of the conditions: {"images": (B, 3, H, W)}, for example.

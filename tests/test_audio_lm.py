@@ -244,6 +244,28 @@ def test_each_clip_stops_at_its_own_end(pattern, monkeypatch):
 
 
 @pytest.mark.parametrize("pattern", PATTERNS)
+def test_known_frames_stay_and_what_follows_depends_on_them(pattern):
+    model, batch = tiny_lm(pattern), clips()
+    whole = model.prepare(batch)
+    whole = model.latents(whole["latents"]) if pattern == "latents" else whole["tokens"]
+    known = model.known_part(batch["waveforms"], batch["lengths"])
+    full = batch["lengths"] // 4  # the last frame of a clip may not be full: it is drawn
+    there = torch.arange(6) < full[:, None]
+    assert close(known[there], whole[there])
+    assert torch.equal(known[..., 0].isnan() if pattern == "latents" else known[..., 0] < 0, ~there)
+    (drawn, frames), (again, others) = (
+        model.generate(LABELS, SPEAKERS, seed=3, head_steps=2, cached=cached, known=known)
+        for cached in (True, False))
+    assert (frames >= full).all() and close(drawn[there], known[there])
+    assert torch.equal(frames, others) and close(drawn, again)
+    other = model.known_part(batch["waveforms"].flip(0)[:, :4], torch.tensor([4] * 4))
+    short = model.known_part(batch["waveforms"][:, :4], torch.tensor([4] * 4))
+    (a, _), (b, _) = (model.generate(LABELS, SPEAKERS, seed=3, head_steps=2, known=part)
+                      for part in (short, other))
+    assert not close(a[:, 1:], b[:, 1:])
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 def test_it_memorises_one_batch_and_draws_it(pattern):
     model, batch = tiny_lm(pattern, asleep=True, label_dropout=0.0), clips(3)
     data, steps = model.prepare(batch), 300 if pattern == "latents" else 80

@@ -78,7 +78,7 @@ def test_a_picture_with_a_hole_is_completed(finished, own_images, tmp_path):
     ("flow", ["--known", "PLUM"], "Which part is to be drawn"),
     ("flow", ["--known", "PLUM", "--hole", "4,8,8"], "must be x,y,width,height"),
     ("flow", ["--known", "PLUM", "--hole", "30,8,8,8"], "inside 32x32 pixels, got 30,8,8,8"),
-    ("flow", ["--hole", "4,8,8,8"], "need --known IMAGE"),
+    ("flow", ["--hole", "4,8,8,8"], "--hole needs --known FILE"),
     ("dit", ["--known", "PLUM", "--hole", "4,8,8,8"], "only a flow on pixels"),
     ("pixel_ar", ["--known", "PLUM", "--hole", "4,8,8,8"], "unrecognized arguments: --known")])
 def test_what_cannot_be_completed_is_said(method, arguments, said, finished, own_images, capsys):

@@ -226,6 +226,24 @@ def test_samples_of_sound_are_written_as_promised(method, finished, tmp_path):
     assert np.array_equal(again["waveforms"], drawn["waveforms"])
 
 
+def test_a_sound_is_continued_from_the_command_line(finished, tmp_path, capsys):
+    run, clip = finished["audio_lm"], np.sin(np.arange(2000) / 9).astype(np.float32) / 2
+    soundfile.write(tmp_path / "my.wav", clip, 8000, "FLOAT")
+    command = ["sample", str(run.folder), "--n", "2", "--known", str(tmp_path / "my.wav"),
+               "--out", str(tmp_path / "s")]
+    assert main([*command, "--keep", "0.2"]) == 0
+    with np.load(tmp_path / "s/samples.npz") as file:
+        assert file["known_lengths"].tolist() == [1600] * 2
+        assert np.allclose(file["known"][:, :1600], clip[:1600], atol=1e-4)
+        assert (file["lengths"] >= 1600 // 128 * 128).all()
+        first = file["waveforms"][:, : 12 * 128]  # decoded from the same tokens
+        assert np.array_equal(first[0], first[1]) and np.abs(first).max() > 0
+    for said, words in ((["--keep", "0.3"], "at most the length of the sound, 0.25 seconds"),
+                        (["--keep", "0.01"], "at least 128 samples")):
+        assert main([*command, *said]) == 1 and words in capsys.readouterr().err
+    assert main(["sample", str(run.folder), "--keep", "0.2"]) == 2
+
+
 def test_samples_replace_those_of_an_earlier_call_and_no_recording_of_ones_own(finished, tmp_path):
     model = SimpleNamespace(output="waveforms", conditions={"labels": "class"})
     run = SimpleNamespace(model=model, names={"labels": ["a"]})

@@ -194,18 +194,31 @@ class AudioLM(Method):
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, guidance: float = 1.0,
                temperature: float = 1.0, top_k: int = 0, top_p: float = 1.0,
-               head_steps: int | None = None, cached: bool = True, seed: int = 0) -> dict:
+               head_steps: int | None = None, cached: bool = True,
+               known: Tensor | None = None, seed: int = 0) -> dict:
         """Clips of these "labels" and "speakers", (B,) each: see `to_waveforms`. top_k, top_p: of
         tokens (blocks/sampling.py). head_steps: of the head of latents. cached=False computes the
-        past anew at every step, to show what the cache saves."""
+        past anew at every step, to show what the cache saves. known: units that the clips begin
+        with, from `known_part`; they are kept, and decoded."""
         units = self.generate(conditions["labels"], conditions["speakers"], guidance, temperature,
-                              seed, top_k, top_p, head_steps, cached)
+                              seed, top_k, top_p, head_steps, cached, known)
         return self.to_waveforms(*units)
+
+    def known_part(self, waveforms: Tensor, lengths: Tensor) -> Tensor:
+        """See `Method.known_part`: units (B, F, K or dim), -1 or NaN after the known frames. A
+        frame that is not complete is drawn."""
+        lengths = lengths // self.codec.hop * self.codec.hop
+        if lengths.min() < 1:
+            raise ValueError(f"at least {self.codec.hop} samples of a sound must be known")
+        batch = {"waveforms": waveforms, "lengths": lengths, "labels": None, "speakers": None}
+        units = self.prepare(batch)["latents" if self.continuous else "tokens"]
+        return self.latents(units) if self.continuous else units
 
     @torch.no_grad()
     def generate(self, labels: Tensor, speakers: Tensor, guidance: float = 1.0,
                  temperature: float = 1.0, seed: int = 0, top_k: int = 0, top_p: float = 1.0,
-                 head_steps: int | None = None, cached: bool = True) -> tuple[Tensor, Tensor]:
+                 head_steps: int | None = None, cached: bool = True,
+                 known: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Units (B, F, K or dim) of clips, and how many frames each has (B,): see `sample`."""
         batch, count, device = len(labels), len(self.angles), labels.device
         generator = torch.Generator(device).manual_seed(seed)
@@ -218,19 +231,28 @@ class AudioLM(Method):
         size = self.dim if self.continuous else self.config.codebooks
         units = torch.full((batch, count + 1, size), self.empty, device=device)  # column 0: start
         frames = torch.full((batch,), self.frames, device=device)  # less, once a clip has ended
+        begun = torch.zeros_like(frames)  # so many frames are known
+        if known is not None:
+            begun = (~known.isnan() if self.continuous else known >= 0)[..., 0].sum(1)
         for step in range(count):
             past = slice(step if cached else 0, step + 1)
             x = self.embed(units[:, past].repeat(len(labels) // batch, 1, 1), tables)
             h = self.transformer(x, self.angles[past], causal=not cached, modulation=modulation,
                                  cache=cache)[:, -1]
             if self.continuous:
-                units[:, step + 1], frames = self.draw_latent(
-                    h, step, frames, guidance, temperature, generator, head_steps)
+                drawn, ended = self.draw_latent(h, step, frames, guidance, temperature, generator,
+                                                head_steps)
+                frames = torch.where(begun > step, frames, ended)
+                if known is not None:
+                    drawn = torch.where(begun[:, None] > step, known[:, step], drawn)
+                units[:, step + 1] = drawn
             else:
                 for codebook, frame in (self.steps.T == step).nonzero().tolist():
                     logits = (h @ tables[1][codebook].to(h.dtype).mT).float()
                     logits = sampling.apply_guidance(logits, guidance) + self.impossible[codebook]
                     token = sampling.draw(logits, generator, temperature, top_k, top_p)
+                    if known is not None:
+                        token = torch.where(begun > frame, known[:, frame, codebook], token)
                     frames = torch.where((token == self.blank) & (frames > frame), frame, frames)
                     units[:, step + 1, codebook] = torch.where(frames > frame, token, self.blank)
             longest = int(frames.max())

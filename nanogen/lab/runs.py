@@ -63,15 +63,16 @@ class Run:
     def sample(self, n: int = 16, seed: int = 0, **settings):
         """Draw n images uint8 (n, H, W, 3), videos uint8 (n, T, H, W, 3) or a list of n waveforms.
         settings: conditions by their singular (label="horse", speaker=["theo", "lucas"]), and
-        settings of the sampler (steps, guidance, ...). known: an image of which a part stays, with
-        hole or mask, as for `read_known`. Raises UserError for what does not exist."""
+        settings of the sampler (steps, guidance, ...). known: an image or a sound of which a part
+        stays, with hole, mask or keep, as for `read_known`. UserError for what does not exist."""
         conditions = {}
         for name in self.model.conditions:
             if (said := settings.pop(name.removesuffix("s"), None)) is not None:
                 conditions[name] = said if isinstance(said, list | tuple) else [said]
         if (known := settings.pop("known", None)) is not None:
             known = known if isinstance(known, list | tuple) else [known]
-            known = read_known(self, known, settings.pop("hole", None), settings.pop("mask", None))
+            part = {key: settings.pop(key) for key in ("hole", "mask", "keep") if key in settings}
+            known = read_known(self, known, **part)
         drawn = sample(self, n, conditions, seed, known=known, **settings)
         if self.model.output == "waveforms":
             pairs = zip(drawn["waveforms"], drawn["lengths"], strict=True)

@@ -51,7 +51,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     conditions: name -> values (class names or numbers, texts, files; all classes unless told). The
     first condition is spread evenly over the samples, in order, the others take turns. settings: of
     the sampler. frames: also "frames" uint8 (S, N, H, W, 3), how images come to be. out: a folder.
-    known: what `read_known` returns, images of which a part stays; they take turns, too.
+    known: what `read_known` returns, of which a part stays; the files take turns, too.
     """
     model, conditions = run.model, conditions or {}
     if n < 1 or not 0 <= seed < 2**63:
@@ -89,7 +89,9 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     for name, kind in model.conditions.items():
         if kind in ("class", "text"):
             arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
-    if known:
+    if known and model.data == "sounds":
+        arrays |= {"known": known[0][turn].numpy(), "known_lengths": known[1][turn].numpy()}
+    elif known:
         arrays |= {"known": to_uint8(known[0][turn]), "seen": known[1].numpy()}
     if out:
         write_samples(arrays, run, Path(out), growth[0])
@@ -116,20 +118,27 @@ def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
     return [torch.from_numpy(read_sound(file)) for file in said]
 
 
-def read_known(run: "Run", pictures: list, hole: tuple | None = None,
-               mask: str | Path | None = None) -> tuple[Tensor, Tensor]:
-    """Pictures (files, or arrays uint8 (H, W, 3)) of which a part stays: float (K, 3, size, size),
-    at the size of the model; and bool (size, size), where they stay. hole: (x, y, width, height) of
-    the rectangle to draw, in pixels at that size, from the upper left. mask: a picture instead, its
-    central square, white where to draw. UserError for a hole outside the image."""
+def read_known(run: "Run", known: list, hole: tuple | None = None, mask: str | Path | None = None,
+               keep: float | None = None) -> tuple[Tensor, Tensor]:
+    """Images (files, or arrays uint8 (H, W, 3)) of which a part stays: float (K, 3, size, size), at
+    the size of the model; and bool (size, size), where they stay. hole: (x, y, width, height) of
+    the rectangle to draw, in pixels at that size, from the upper left. mask: an image instead, its
+    central square, white where to draw. Or sounds (files, or arrays (T,)) of which the first `keep`
+    seconds stay, all unless told: (K, T), and the lengths (K,). UserError for a part outside."""
+    if run.model.data == "sounds":
+        clips = [clip if isinstance(clip, np.ndarray) else read_sound(clip) for clip in known]
+        if keep is not None and not 0 < keep <= min(map(len, clips)) / SAMPLE_RATE:
+            raise UserError(f"--keep must be more than 0 and at most the length of the sound, "
+                            f"{min(map(len, clips)) / SAMPLE_RATE:.2f} seconds, got {keep:g}.")
+        return pad([clip[: round(keep * SAMPLE_RATE)] if keep else clip for clip in clips])
     size = getattr(run.model.config, "size", 0)
     if not size:
         raise UserError(f"{run.method} cannot keep a part of an image.")
     if (hole is None) == (mask is None):
         raise UserError(f"Which part is to be drawn? --hole x,y,width,height in {size}x{size} "
                         "pixels, or --mask FILE, white there.")
-    arrays = [picture if isinstance(picture, np.ndarray) else read_image(picture, size)
-              for picture in pictures]
+    arrays = [image if isinstance(image, np.ndarray) else read_image(image, size)
+              for image in known]
     if any(array.shape != (size, size, 3) for array in arrays):
         raise UserError(f"{run.folder} keeps images of {size}x{size} pixels.")
     seen = torch.ones(size, size, dtype=torch.bool)
