@@ -84,6 +84,7 @@ def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: flo
     for i, (image, title) in enumerate(zip(images, titles, strict=True)):
         axes = figure.add_subplot(rows, columns, i + 1)
         axes.imshow(image, interpolation="nearest")
+        axes.set_anchor("S")  # the room that is left is above, for the title
         axes.set_title("\n".join(title), fontsize=7, color=colors[i] if colors else "black")
         axes.set_axis_off()
     show_figure(figure, 256)
