@@ -28,14 +28,7 @@ import numpy as np
 from nanogen import UserError
 from nanogen.data import scenes
 from nanogen.data.drawing import BACKGROUNDS, COLORS, KINDS, LETTERS, SIZE, SUBJECT, THINGS
-from nanogen.data.scenes import (
-    DIRECTIONS,
-    RELATIONS,
-    WHERE,
-    Scene,
-    random_scene,
-    render_scenes,
-)
+from nanogen.data.scenes import DIRECTIONS, RELATIONS, WHERE, Scene, random_scene, render_scenes
 
 TASKS = {  # name -> fraction of the examples
     "plain": 0.1, "count": 0.13, "relation": 0.25, "sign": 0.1, "sum": 0.06, "many": 0.08,

@@ -12,16 +12,7 @@ import numpy as np
 
 from nanogen import UserError
 from nanogen.data import drawing
-from nanogen.data.drawing import (
-    BACKGROUNDS,
-    COLORS,
-    FACINGS,
-    FONT,
-    KINDS,
-    SIGN_HEIGHT,
-    SIZE,
-    THINGS,
-)
+from nanogen.data.drawing import BACKGROUNDS, COLORS, FACINGS, FONT, KINDS, SIZE, THINGS
 
 RELATIONS = ("left of", "right of", "above", "below")
 DIRECTIONS = ("right", "down", "left", "up")  # of motion: quarter turns, y down
@@ -105,7 +96,7 @@ def _check(what: str, name: str, names: tuple[str, ...]) -> None:
 
 def sign_area(scene: Scene) -> tuple[slice, slice]:
     """The rows and columns of the image that the sign covers: empty slices without a sign."""
-    height, width = (SIGN_HEIGHT, 4 * len(scene.sign) + 3) if scene.sign else (0, 0)
+    height, width = (drawing.SIGN_HEIGHT, 4 * len(scene.sign) + 3) if scene.sign else (0, 0)
     top = min(max(scene.sign_y - height // 2, 0), SIZE - height)
     left = min(max(scene.sign_x - width // 2, 0), SIZE - width)
     return slice(top, top + height), slice(left, left + width)
@@ -139,30 +130,17 @@ def _to_bytes(canvas):
     return np.round(255 * np.clip(canvas, 0, 1)).astype(np.uint8)
 
 
-def random_text(rng: np.random.Generator) -> str:
-    """The text of a sign: a word, a number, some letters, or a correct sum."""
-    first, second = rng.integers(10, size=2)
-    letters = "".join(rng.choice(list(drawing.LETTERS), size=rng.integers(1, 6)))
-    word, number = rng.choice(THINGS + COLORS).upper(), str(rng.integers(1000))
-    return (word, number, letters, f"{first}+{second}={first + second}")[rng.integers(4)]
-
-
-def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str = False,
-                 sign: bool | str = False, kinds: tuple[str, ...] = THINGS) -> Scene:
-    """A scene with `count` things of one of the kinds and a color, or with two in a relation.
-
-    relation: True for any of RELATIONS, or one of them. sign: True for a random text, or the text.
-    Things have cells of their own, so none hides another: two, side by side, if there is a sign."""
+def random_scene(rng: np.random.Generator, count: int = 1, related: bool = False, sign: str = "",
+                 kinds: tuple[str, ...] = THINGS) -> Scene:
+    """A scene with `count` things of one of the kinds and a color, or with two in a relation. sign:
+    its text. Things have cells of their own, so none hides another: beside a sign, two in a row."""
     if not 1 <= count <= (2 if sign else 4):
         raise UserError(f"a scene has 1 to 4 things, and at most 2 beside a sign, got {count}")
-    possible = RELATIONS[:2] if sign else RELATIONS
-    relation = str(rng.choice(possible)) if relation is True else relation or ""
-    if relation:
-        _check("relation beside a sign" if sign else "relation", relation, possible)
-        count = 2
+    relation = str(rng.choice(RELATIONS[:2] if sign else RELATIONS)) if related else ""
+    count = 2 if related else count
     room_top, room_height, sign_y = 0, SIZE, 26
     if sign:
-        room_height = SIZE - SIGN_HEIGHT - 1
+        room_height = SIZE - drawing.SIGN_HEIGHT - 1
         room_top, sign_y = ((0, 26), (SIZE - room_height, 5))[rng.integers(2)]
     stacked = relation in ("above", "below") if relation or sign else rng.random() < 0.5
     columns, rows = ((1, 1), (1, 2) if stacked else (2, 1), (2, 2), (2, 2))[count - 1]
@@ -176,20 +154,15 @@ def random_scene(rng: np.random.Generator, count: int = 1, relation: bool | str 
     things = []
     for number, cell in enumerate(cells):
         size = rng.uniform(0.85, 1.0) * min(24, width - 3, height - 3)
-        margin = _margin(size)
+        margin = size / 2 + 1  # of its centre from an edge: its half, and its outline
         x = rng.uniform(margin, width - margin) + cell % columns * width
         y = rng.uniform(margin, height - margin) + cell // columns * height + room_top
         kind, color = kinds[chosen[number % varied]], COLORS[colors[number % varied]]
         facing = FACINGS[rng.integers(2)]
         things.append(Thing(kind, color, float(size), float(x), float(y), facing))
     background = BACKGROUNDS[rng.integers(len(BACKGROUNDS))]
-    text, sign_x = random_text(rng) if sign is True else sign or "", int(rng.integers(8, 25))
-    return Scene(background, tuple(things), relation, text, sign_x=sign_x, sign_y=sign_y)
-
-
-def _margin(size):
-    """How near to an edge the centre of a thing may come: half its size, and its outline."""
-    return size / 2 + 1
+    sign_x = int(rng.integers(8, 25))
+    return Scene(background, tuple(things), relation, sign, sign_x=sign_x, sign_y=sign_y)
 
 
 def _random_things(rng, count: int, smallest: float, largest: float) -> dict[str, np.ndarray]:
@@ -212,7 +185,7 @@ def make(count: int, seed: int = 0) -> dict[str, np.ndarray]:
 
     def draw(rng, chunk):
         truth = _random_things(rng, chunk, 16, 24)
-        margin = _margin(truth["size"])[:, None]
+        margin = truth["size"][:, None] / 2 + 1
         place = (margin + rng.random((chunk, 2)) * (SIZE - 2 * margin)).astype(np.float32)
         canvas = drawing.draw_backgrounds(truth["background"], rng)
         looks = (truth[key] for key in ("labels", "color", "size"))
@@ -239,7 +212,7 @@ def make_clips(count: int, seed: int = 0, frames: int = 8, looks: np.ndarray | N
             truth |= dict(zip(("labels", "color", "background"), chosen, strict=True))
         direction = rng.integers(len(DIRECTIONS), size=chunk)
         angle = direction * (np.pi / 2) + rng.uniform(-0.3, 0.3, chunk)  # its name is clear
-        margin = _margin(truth["size"])[:, None]
+        margin = truth["size"][:, None] / 2 + 1
         room = SIZE - 2 * margin
         speed = np.minimum(rng.uniform(0.6, 1.8, chunk)[:, None], room / (frames - 1))
         velocity = speed * np.stack([np.cos(angle), np.sin(angle)], axis=1)

@@ -35,14 +35,9 @@ import torch
 from torch import Tensor, nn
 
 from nanogen.blocks import flow_matching as fm
+from nanogen.blocks import transformer
 from nanogen.blocks.standardize import Standardizer
-from nanogen.blocks.transformer import (
-    ConditionEmbedding,
-    Transformer,
-    drop_labels,
-    grid_angles,
-    zeroed,
-)
+from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_angles
 from nanogen.blocks.unet import UNet, check_fit
 from nanogen.image import check_transformer
 from nanogen.method import Method, Requirement, check, check_numbers, choose, unused
@@ -210,7 +205,7 @@ class LatentTransformer(nn.Module):
         channels, *grid = shape
         self.inp = nn.Conv2d(channels, width, 3, padding=1)  # 3x3: each token sees its neighbours
         self.transformer = Transformer(width, depth, heads)
-        self.out = zeroed(nn.Linear(width, channels), adamw=True)
+        self.out = transformer.zeroed(nn.Linear(width, channels), adamw=True)
         self.register_buffer("angles", grid_angles(*grid, head=width // heads), persistent=False)
 
     def forward(self, x: Tensor, condition: Tensor) -> Tensor:

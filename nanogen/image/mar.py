@@ -31,13 +31,7 @@ from nanogen.blocks.heads import HEADS, make_head
 from nanogen.blocks.quantize import nearest
 from nanogen.blocks.sampling import halton_ranks, reveal_schedule, with_and_without
 from nanogen.blocks.standardize import Standardizer
-from nanogen.blocks.transformer import (
-    ConditionEmbedding,
-    Transformer,
-    drop_labels,
-    grid_positions,
-    rotary_angles,
-)
+from nanogen.blocks.transformer import ConditionEmbedding, Transformer, drop_labels, grid_angles
 from nanogen.image import check_transformer
 from nanogen.image.tokenizer import show_partial, split_known
 from nanogen.method import Method, Requirement, check, choose, unused
@@ -104,7 +98,7 @@ class MAR(Method):
         self.transformer = Transformer(width, config.depth, config.heads, dropout=config.dropout)
         self.head = make_head(config.head, dim, width, config.head_width, config.head_depth,
                               config.head_repeat, codes)
-        angles = rotary_angles(grid_positions(self.grid, self.grid), width // config.heads)
+        angles = grid_angles(self.grid, self.grid, head=width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
         self.register_buffer("halton", halton_ranks(self.grid), persistent=False)  # (T,)
 

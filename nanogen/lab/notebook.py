@@ -66,12 +66,14 @@ def method_run(method: str, data: str | None = None, **overrides) -> runs.Run:
     return run
 
 
-def show_images(images, columns: int = 10, scale: int = 2) -> None:
+def show_images(images, columns: int = 10, scale: int = 2, colors: int = 256) -> None:
     """Show images uint8 (N, H, W, 3) as a grid, each pixel enlarged `scale` times; or a figure.
-    A palette of 256 colors makes grids small enough for GitHub to show the notebook."""
+    A palette of few colors makes them small enough for GitHub to show the notebook."""
     if isinstance(images, np.ndarray):
-        images = plots.grid(images, columns, scale).quantize(256, kmeans=1, dither=0)
-    display(Image(plots.png(images)))
+        images = plots.grid(images, columns, scale)
+    else:
+        images = PIL.Image.open(io.BytesIO(plots.png(images))).convert("RGB")
+    display(Image(plots.png(images.quantize(colors, kmeans=1, dither=0))))
 
 
 def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: float = 1.25) -> None:
@@ -87,13 +89,7 @@ def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: flo
         axes.set_anchor("S")  # the room that is left is above, for the title
         axes.set_title("\n".join(title), fontsize=7, color=colors[i] if colors else "black")
         axes.set_axis_off()
-    show_figure(figure, 256)
-
-
-def show_figure(figure, colors: int) -> None:
-    """A figure with few colors, for a third of the bytes."""
-    image = PIL.Image.open(io.BytesIO(plots.png(figure))).convert("RGB")
-    show_images(image.quantize(colors, kmeans=1, dither=0))
+    show_images(figure)
 
 
 def animate(frames, columns: int = 10, scale: int = 2, milliseconds: int = 150) -> None:
@@ -119,7 +115,8 @@ def listen(waveforms, titles: list[str], rate: int = 8000) -> None:
 
 def spectrograms(waveforms, titles: list[str], columns: int = 10) -> None:
     """Log-mel spectrograms of waveforms (T,) at 8 kHz, `columns` in a row, on one scale for all."""
-    show_figure(plots.spectrograms([np.asarray(clip) for clip in waveforms], titles, columns), 64)
+    figure = plots.spectrograms([np.asarray(clip) for clip in waveforms], titles, columns)
+    show_images(figure, colors=64)
 
 
 def loss_curve(run: runs.Run, chance: float) -> None:

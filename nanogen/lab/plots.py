@@ -19,15 +19,15 @@ from nanogen.audio.spectral import log_mel
 
 
 def to_uint8(images: Tensor) -> np.ndarray:
-    """Float (B, 3, H, W) in [-1, 1], clamped -> uint8 (B, H, W, 3), rounded to the nearest."""
+    """Float (..., 3, H, W) in [-1, 1], clamped -> uint8 (..., H, W, 3), rounded to the nearest."""
     levels = ((images.detach().float() + 1) * 127.5).round().clamp(0, 255)
-    return levels.to(torch.uint8).permute(0, 2, 3, 1).cpu().numpy()
+    return levels.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
 def to_float(images: np.ndarray | Tensor) -> Tensor:
-    """uint8 (N, H, W, 3) -> float (N, 3, H, W) in [-1, 1]; `to_uint8` brings every value back."""
+    """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [-1, 1]; `to_uint8` brings them back."""
     images = torch.tensor(images) if isinstance(images, np.ndarray) else images  # copied
-    return images.permute(0, 3, 1, 2).float() / 127.5 - 1
+    return images.movedim(-1, -3).float() / 127.5 - 1
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Image.Image:

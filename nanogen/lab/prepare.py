@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from nanogen import UserError
 from nanogen.blocks.text import encode_text
@@ -158,16 +159,11 @@ def to_tensor(images: np.ndarray, size: int) -> Tensor:
 
 def pad(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:
     """Clips, each (T,) -> float32 (N, longest), padded with zeros, and their lengths int64 (N,)."""
-    lengths = torch.tensor([len(clip) for clip in clips])
-    waveforms = torch.zeros(len(clips), int(lengths.max()))
-    for row, clip in zip(waveforms, clips, strict=True):
-        row[: len(clip)] = torch.tensor(clip)
-    return waveforms, lengths
+    rows = [torch.tensor(clip, dtype=torch.float32) for clip in clips]
+    return pad_sequence(rows, batch_first=True), torch.tensor([len(row) for row in rows])
 
 
 def concatenate(clips: list[np.ndarray]) -> Tensor:
     """All clips end to end, in rows: float32 (N, ROW). The rest is dropped, if it is not all."""
-    whole = np.concatenate(clips)
-    if len(whole) < ROW:
-        whole = np.pad(whole, (0, ROW - len(whole)))
-    return torch.tensor(whole[: len(whole) // ROW * ROW]).view(-1, ROW)
+    whole = torch.tensor(np.concatenate(clips))
+    return F.pad(whole, (0, max(ROW - len(whole), 0))).unfold(0, ROW, ROW)

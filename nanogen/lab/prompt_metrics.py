@@ -54,14 +54,14 @@ def evaluate_clips(run: Run, videos: np.ndarray, test: dict, reader: Reader, see
     first, goes_on = test["videos"][:, :2], []
     settings = {"length": videos.shape[1]} | run.record["sampling"] | settings
     for i in range(0, len(first), 100):
-        known = torch.stack([to_float(clip) for clip in first[i : i + 100]]).to(machine.device())
+        known = to_float(first[i : i + 100]).to(machine.device())
         prompts = encode_text(list(test["prompts"][i : i + 100])).to(known.device)
         drawn = ask(run, run.model.sample, {"prompts": prompts, "sources": known[:, 0]},
                     known=known, seed=seed + i, **settings)
-        goes_on += map(to_uint8, drawn["videos"])
+        goes_on.append(to_uint8(drawn["videos"]))
     return judge_clips(videos, test, reader) | {
         "test_clips": judge_clips(test["videos"], test, reader),
-        "from_two_frames": judge_clips(np.stack(goes_on), test, reader)}
+        "from_two_frames": judge_clips(np.concatenate(goes_on), test, reader)}
 
 
 def compare_with_base(run: Run, reader: Reader, n: int, seed: int, settings: dict) -> dict:

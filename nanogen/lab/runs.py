@@ -289,9 +289,7 @@ def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) ->
         place = beside
     if not (place / WEIGHTS).exists() and not quiet:
         print(f"Evaluation needs the judge {place}, which is trained first.", flush=True)
-    run = train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
-    check_data(place, run.record, dataset)
-    return run
+    return train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
 
 
 def reader(folder: Path = Path("runs"), count: int | None = None, quiet: bool = False) -> Run:

@@ -191,13 +191,10 @@ def ask(run: "Run", function, *inputs, **settings):
 
 def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]:
     """The outputs of all batches as arrays."""
-    if kind == "images":
+    if kind != "waveforms":
         thoughts = sum((drawn.get("thoughts", []) for drawn in outputs), [])
-        return {"images": np.concatenate([to_uint8(drawn["images"]) for drawn in outputs])} | (
+        return {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])} | (
             {"thoughts": np.array(thoughts)} if thoughts else {})
-    if kind == "videos":
-        videos = torch.cat([drawn["videos"].cpu() for drawn in outputs])
-        return {"videos": np.stack([to_uint8(video) for video in videos])}
     clips = []
     for drawn in outputs:
         pairs = zip(drawn["waveforms"], drawn["lengths"].tolist(), strict=True)

@@ -221,16 +221,13 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     index = order[position * size : (position + 1) * size][rank::world]
     index = index.to(next(iter(data.values())).device)
     batch = {name: tensor[index].to(machine.device()) for name, tensor in data.items()}
-    if "images" in batch:
-        images = batch["images"].float() / 127.5 - 1
-        if options.flip:
-            seed = machine.seed_of(options.seed, step)
-            coin = torch.rand(size, generator=torch.Generator().manual_seed(seed))[rank::world]
-            mirrored = (coin < 0.5).to(images.device)[:, None, None, None]
-            images = torch.where(mirrored, images.flip(-1), images)
-        batch["images"] = images
-    for name in {"videos", "sources"} & batch.keys():
+    for name in {"images", "videos", "sources"} & batch.keys():
         batch[name] = batch[name].float() / 127.5 - 1
+    if options.flip and "images" in batch:
+        seed, images = machine.seed_of(options.seed, step), batch["images"]
+        coin = torch.rand(size, generator=torch.Generator().manual_seed(seed))[rank::world]
+        mirrored = (coin < 0.5).to(images.device)[:, None, None, None]
+        batch["images"] = torch.where(mirrored, images.flip(-1), images)
     return batch
 
 
