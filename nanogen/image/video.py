@@ -19,9 +19,10 @@ an image, so both training and sampler use earlier times, shifted by sqrt(8) (se
     python -m nanogen sample runs/video-clips --prompt "a dog moving left" --source first.png
     python -m nanogen sample runs/video-clips --length 24
 
-Measured (1,200 steps of 16 clips, 27 minutes on one thread, float32, n = 80 held out, one seed):
-the right thing in 71% of the frames, in 86% if two frames are given; the right direction in 88% of
-the clips, or 99%; at most half a pixel off a straight line 46%, or 64%. Not good yet.
+Measured (2,400 steps of 8 clips, 62 minutes on one thread, float32, n = 80 held out, one seed; the
+second number if two frames are given): the right thing in 99.5, 99.4% of the frames; the right
+direction in 99, 100% of the clips; at most half a pixel off a straight line 89, 96%. The speed of
+two given frames is not kept: it is within 10% in 20% of the clips.
 
 Sources: Ho et al. 2022, "Video Diffusion Models" (a U-Net with attention over space and time);
 Singer et al. 2022, "Make-A-Video" (a network of images learns to move); Polyak et al. 2024, "Movie
