@@ -13,7 +13,7 @@ The whole method. Time runs from t=0 (noise) to t=1 (data), here and everywhere 
         return x                                         # a sample of the data's distribution
 
 Many lines cross at x_t, so the network learns their mean velocity. Paths of mean velocities do not
-cross; they bend. The more they bend, the more steps a sample needs; `curvature` measures it. Longer
+cross; they bend. The more they bend, the more steps a sample needs (`frames_curvature`). Longer
 training does not straighten the paths; reflow does (image/flow.py).
 
 The baseline on the same network comes last: DDPM predicts the noise, on a path of constant variance
@@ -138,11 +138,6 @@ def guide(model: Callable[..., Tensor], condition: Tensor, null: int | Tensor, g
         return apply_guidance(outputs, g)
 
     return network
-
-
-def curvature(velocity: Network, x0: Tensor, steps: int = 100) -> Tensor:
-    """`frames_curvature` of the paths from x0: (B, ...), by `steps` Euler steps."""
-    return frames_curvature(solve(velocity, x0, steps, frames=True))
 
 
 def frames_curvature(frames: Tensor) -> Tensor:
