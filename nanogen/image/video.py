@@ -131,7 +131,7 @@ class Video(Method):
             for i, name in enumerate(("none", "one", "several"))}
 
     @torch.no_grad()
-    def sample(self, conditions: dict[str, Tensor], *, steps: int = 40, method: str = "euler",
+    def sample(self, conditions: dict[str, Tensor], *, steps: int = 20, method: str = "euler",
                guidance: float = 2.0, length: int = 0, overlap: int = 0,
                known: Tensor | None = None, seed: int = 0) -> dict:
         """Takes "prompts" (B, L), "sources" (B, 3, H, W), the first frames, black for none ->
