@@ -83,8 +83,7 @@ def passes(model) -> list[torch.Tensor]:
 def test_cached_passes_equal_the_masked_pass_over_all_of_them():
     model = tiny("var")
     tokens, condition = torch.randint(32, (4, 30)), model.label(LABELS)
-    whole, end = model.logits(tokens, LABELS), 0
-    cache = var.transformer.Cache(model.transformer, 4, 30)
+    whole, cache, end = model.logits(tokens, LABELS), var.Cache(model.transformer, 4, 30), 0
     for i, cells in enumerate(passes(model)):
         angles, end = model.angles[end : end + len(cells)], end + len(cells)
         h = model.transformer(model.input(tokens, i, []), angles, condition=condition, cache=cache)

@@ -26,7 +26,7 @@ from nanogen.lab import recipes, runs
 from nanogen.method import find
 
 WIDTHS = {"meanflow": (32, 32, 32), "codec": (8, 8, 8), "judge": (16, 16, 16),
-          "text_image": (32, 32, 32), "video": (32, 32)}
+          "text_image": (32, 32, 32), "video": (32, 32, 32)}
 
 
 def small_recipes(method):

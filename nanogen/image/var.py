@@ -34,10 +34,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from nanogen.blocks import transformer
 from nanogen.blocks.multiscale import shrink
 from nanogen.blocks.sampling import apply_guidance, draw, with_and_without
-from nanogen.blocks.transformer import CodeEmbedding, ConditionEmbedding, Transformer, drop_labels
+from nanogen.blocks.transformer import (
+    Cache,
+    CodeEmbedding,
+    ConditionEmbedding,
+    Transformer,
+    drop_labels,
+    grid_positions,
+    rotary_angles,
+)
 from nanogen.image import check_transformer
 from nanogen.image.tokenizer import split_known
 from nanogen.method import Method, Requirement, check
@@ -78,10 +85,9 @@ class VAR(Method):
         self.pass_embedding = nn.Embedding(len(self.pass_sizes), width)
         self.transformer = Transformer(width, config.depth, config.heads, dropout=config.dropout)
         self.head = CodeEmbedding(base.code_vectors(), width, zero=True)  # vectors of the K codes
-        centres = [(transformer.grid_positions(side, side) + 0.5) * (scales[-1] / side)
-                   for side in scales]
+        centres = [(grid_positions(side, side) + 0.5) * (scales[-1] / side) for side in scales]
         order = pass_of.argsort(stable=True)  # (T,): the token at each place, pass by pass
-        angles = transformer.rotary_angles(torch.cat(centres)[order], width // config.heads)
+        angles = rotary_angles(torch.cat(centres)[order], width // config.heads)
         i, k = pass_of[order], torch.tensor(self.scale_of_pass)[pass_of[order]]  # pass, scale (T,)
         blind = (i[:, None] == i) | (k[:, None] > k)  # its own pass, coarser scales, nothing else
         for name, buffer in {"angles": angles, "pass_of": pass_of, "order": order,
@@ -155,8 +161,7 @@ class VAR(Method):
         tokens = F.pad(prefix, (0, len(self.pass_of) - given))
         labels = with_and_without(labels, self.config.classes, guidance)
         modulation, head = self.transformer.modulate(self.label(labels)), self.head()
-        cache = transformer.Cache(self.transformer, len(labels), len(self.pass_of),
-                                  modulation[0].dtype)
+        cache = Cache(self.transformer, len(labels), len(self.pass_of), modulation[0].dtype)
         mask, inputs, sums, end = self.mask, [], [], 0
         if guidance != 1 and hide_scale:  # (2 B, 1, T, T)
             mask = torch.stack([mask, self.blind_mask]).repeat_interleave(count, 0)[:, None]
