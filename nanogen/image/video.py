@@ -19,8 +19,8 @@ an image, so both training and sampler use earlier times, shifted by sqrt(8) (se
     python -m nanogen sample runs/video-clips --prompt "a dog moving left" --source first.png
     python -m nanogen sample runs/video-clips --length 24
 
-Measured (2,400 steps of 8 clips, 62 minutes on one thread, float32; three sampling seeds, n = 80, 40
-and 40 held out; from text, then if two frames are given): the right thing in 99% of the frames, and
+Measured (2,400 steps of 8 clips, 62 minutes on one thread, float32; three sampling seeds, n = 80,
+40, 40 held out; from text, then if two frames are given): the right thing in 99% of the frames, and
 99%; the right direction in 99 to 100% of the clips, and 100%; at most half a pixel off a straight
 line 82 to 89%, and 92 to 98%. The speed of two given frames is not kept: it is within 10% in 20 to
 32% of the clips, where a guess gives 20%.
