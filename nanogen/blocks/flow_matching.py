@@ -53,9 +53,10 @@ def logit_normal_times(count: int, device: torch.device | None = None, mean: flo
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Times closer to the noise at 0, for data that noise hides less: where n pixels or frames show
-    the same, their mean has less noise, and shift = sqrt(n) gives equal signal (SD3, eq. 23, where
-    t=1 is noise). It is a step to the left for the logit of t: logit t - log shift."""
+    """Times closer to the noise at 0, for data that noise hides less. If n pixels or frames show
+    the same, the noise of their mean is sqrt(n) times smaller. With shift = sqrt(n), their mean has
+    the ratio of signal to noise that a single one has at t (SD3, eq. 23, where t=1 is noise). The
+    logit of t becomes smaller by log(shift)."""
     return t / (t + shift * (1 - t))
 
 

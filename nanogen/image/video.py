@@ -10,9 +10,10 @@ attention over time, in which each position of a frame sees the same position in
 and input channels for known frames. In training, none, one, or several frames are known, at random;
 the loss is that of the others. So one network does all three.
 
-All frames show the same background and thing, so noise hides a clip less than an image: the mean of
-8 frames has the noise of one frame, divided by sqrt(8). What moves where is decided earlier than in
-an image, so both training and sampler use earlier times, shifted by sqrt(8) (see `fm.shifted`).
+All frames show the same background. In the mean of the 8 frames it is the same, too, but the noise
+is sqrt(8) times smaller. So a clip can be seen through more noise than an image, and the network
+decides earlier what to draw. Training and sampler use earlier times, shifted by sqrt(8): see
+`fm.shifted`.
 
     python -m nanogen train video --data clips
     python -m nanogen sample runs/video-clips --prompt "a blue ship on the sea moving right"
