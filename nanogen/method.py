@@ -45,6 +45,9 @@ METHODS = {  # name -> module; modules are imported when they are used
     "audio_lm": "nanogen.audio.audio_lm",
     "judge": "nanogen.judge",
     "reader": "nanogen.reader",
+    "listener": "nanogen.listener",
+    "speech": "nanogen.audio.speech",
+    "song": "nanogen.audio.song",
 }
 
 
@@ -70,7 +73,8 @@ class Method(nn.Module):
     kind = "generator"  # "generator" (has `sample`), "tokenizer" (`encode`, `decode`), or "judge"
     data = "images"  # what it learns from: "images", "sounds" or "videos"; "any": as it comes
     concatenated = False  # learn from all sounds joined end to end and cut into equal rows
-    # Inputs of `sample`: name -> class, text, image or sound (a file), or optional image.
+    # Inputs of `sample`: name -> class, text, image or sound (a file); "optional text", for one
+    # that may be left out.
     conditions: dict[str, str] = {"labels": "class"}
     output = "images"  # what `sample` returns: "images", "videos" or "waveforms"
     exact_likelihood = False  # there is a `log_likelihood(prepared batch)` -> nats (B,)

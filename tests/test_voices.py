@@ -200,7 +200,7 @@ def test_voices_are_a_data_set_like_the_others(tmp_path, monkeypatch):
     assert len(data) == data.count == 30 and len(data.test["waveforms"]) == 3
     assert not any(tmp_path.iterdir()), "a small set is not kept"
     assert data.sample_rate == RATE and data.names["labels"] == list("0123456789")
-    assert data.names["language"] == list(LANGUAGES) and len(data.names["speakers"]) == 23
+    assert data.names["languages"] == list(LANGUAGES) and len(data.names["speakers"]) == 23
     assert not set(data.train["speakers"]) & set(data.test["speakers"])
     assert data.classes("speakers") == 20, "those of the test part are not learned"
     assert not data.train["language"].any(), "a small set has 20 voices and English only"

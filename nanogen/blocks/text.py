@@ -35,3 +35,8 @@ def encode_text(texts: list[str]) -> Tensor:
     """Texts -> their Unicode code points, int64 (N, longest), padded with 0."""
     rows = [torch.tensor(list(map(ord, text))) for text in texts]
     return pad_sequence(rows, batch_first=True).long()
+
+
+def to_texts(codes: Tensor) -> list[str]:
+    """Unicode code points (B, L), padded with 0 -> texts."""
+    return ["".join(map(chr, filter(None, row))) for row in codes.tolist()]

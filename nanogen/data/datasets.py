@@ -6,6 +6,9 @@ All of them are small: a few arrays in memory, from which a training draws batch
     fsdd       3,000 spoken digits by 6 speakers, 8 kHz; downloaded once (Free Spoken Digit Dataset)
     scenes     55,000 drawings with captions and the truth about them; made by scenes.py from a seed
     voices     8,800 spoken digits in 3 languages by 240 voices; made by voices.py from a seed
+    utterances 6,600 recordings of digits, two languages in one voice; made by utterances.py
+    songs      2,200 sung lines with strings; made by songs.py from a seed
+    all        sounds of fsdd, utterances and songs, for a codec that serves all of them
     prompts    44,000 texts and the drawings that they ask for, edits too; made by prompts.py
     clips      6,600 clips of 8 frames with a moving thing, and captions; made by scenes.py
     things     22,000 drawings of several things, to train the reader on; made by prompts.py
@@ -28,13 +31,15 @@ from pathlib import Path
 import numpy as np
 
 from nanogen import UserError
-from nanogen.data import drawing, phonemes, prompts, scenes, voices
+from nanogen.data import drawing, phonemes, prompts, scenes, songs, utterances, voices
 from nanogen.data.sources import SAMPLE_RATE, SOURCES, TESTS, download, read_folder, visible_files
 from nanogen.files import explained, fingerprint, make_folder, read_npz, write_atomically
 
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
 KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
-         "subject": "images", "clips": "videos", "fsdd": "sounds", "voices": "sounds"}
+         "subject": "images", "clips": "videos", "fsdd": "sounds", "voices": "sounds",
+         "utterances": "sounds", "songs": "sounds", "all": "sounds"}
+ALL = {"fsdd": None, "utterances": 2_000, "songs": 1_000}  # how many training clips of each
 WITHOUT = "-without-"  # fsdd-without-jackson
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -138,6 +143,8 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
     folders = [Path(folder)] if folder else data_folders()
     if name in MADE:
         return load_made(name, folders, count)
+    if name == "all":
+        return load_all(folder, count)
     if whole(name) in SOURCES:
         data = load_downloaded(whole(name), folders)
         data = data if name == whole(name) else without(data, name.partition(WITHOUT)[2])
@@ -147,7 +154,7 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
         for part in (data.train, data.test) if data.kind == "images" else ():
             part["prompts"] = [Path(file).stem.replace("_", " ") for file in part["files"]]
     else:
-        choices = f"say {', '.join([*SOURCES, *MADE])} or an existing folder"
+        choices = f"say {', '.join([*SOURCES, *MADE, 'all'])} or an existing folder"
         raise UserError(f"There is no data set or folder {name!r}: {choices}.")
     return data if count is None else thin(data, count)
 
@@ -229,6 +236,19 @@ def load_downloaded(name: str, folders: list[Path]) -> Dataset:
         return (as_images if name == "cifar10" else as_sounds)(name, arrays)
 
 
+def load_all(folder: Path | None, count: int | None) -> Dataset:
+    """ALL as one data set; labels and speakers say which one a sound is from."""
+    parts = [load(name, folder, most if count is None else max(1, count // len(ALL)))
+             for name, most in ALL.items()]
+    sides = []
+    for side in ("train", "test"):
+        clips = [getattr(part, side)["waveforms"] for part in parts]
+        source = np.repeat(np.arange(len(parts)), list(map(len, clips)))
+        sides.append({"waveforms": sum(clips, []), "labels": source, "speakers": source})
+    names = {"labels": list(ALL), "speakers": list(ALL)}
+    return Dataset("all", "all", "sounds", *sides, names, count)
+
+
 def as_images(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
     """Arrays "train_images" (or "train_videos"), "test_labels"... as a data set. ValueError if they
     do not fit."""
@@ -253,9 +273,10 @@ def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
     columns = {"waveforms": np.split(arrays["waveform"].astype(np.float32) / 32768, offsets[1:-1]),
                "labels": arrays["digits"].astype(np.int64),
                "speakers": arrays["speakers"].astype(np.int64),
-               **{key: arrays[key] for key in ("language", "voice") if key in arrays}}
+               **{key: values for key, values in arrays.items() if key not in NOT_COLUMNS}}
     train, test = (choose(columns, np.flatnonzero(rows)) for rows in (~is_test, is_test))
-    names = {"labels": list("0123456789"), "speakers": arrays["speaker_names"].tolist()}
+    classes = list(songs.MOODS) if name == "songs" else list("0123456789")
+    names = {"labels": classes, "speakers": arrays["speaker_names"].tolist()}
     return Dataset(name, name, "sounds", train, test, names, None, int(arrays["sample_rate"]))
 
 
@@ -266,9 +287,9 @@ def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
     small = {"speakers": 20, "languages": ["english"]} if name == "voices" else {}  # for a tour
     arrays = MADE[name][0](count, max(2, count // 10), **small) if count \
         else made_once(name, folders)
-    if name == "voices":
+    if KINDS[name] == "sounds":
         data = as_sounds(name, arrays)
-        return replace(data, names=data.names | {"language": list(voices.LANGUAGES)}, count=count)
+        return replace(data, names=data.names | {"languages": list(voices.LANGUAGES)}, count=count)
     data = as_images(name, arrays)
     if name == "scenes":
         for columns in (data.train, data.test):
@@ -310,25 +331,29 @@ def drawn(make, names: tuple[str, ...]):
     return draw
 
 
-def record_voices(train_count: int, test_count: int, speakers: int = 200,
-                  languages=voices.LANGUAGES) -> dict[str, np.ndarray]:
-    """Arrays as `as_sounds` takes them: so many voices in the training part, a fifth as many others
-    in the test."""
-    train = voices.make(train_count, 0, speakers, languages)
-    test = voices.make(test_count, 1, speakers // 5, languages)
-    test["speaker"] += train["speaker"].max() + 1
-    clips = train["waveforms"] + test["waveforms"]
-    columns = {"digits": "labels", "speakers": "speaker", "language": "language", "voice": "voice"}
-    arrays = {key: np.concatenate([train[own], test[own]]) for key, own in columns.items()}
-    return arrays | {
-        "waveform": np.round(32768 * np.concatenate(clips)).astype(np.int16),
-        "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
-        "is_test": np.repeat([False, True], [len(part["labels"]) for part in (train, test)]),
-        "speaker_names": np.array([f"voice {i}" for i in range(arrays["speakers"].max() + 1)]),
-        "sample_rate": np.array(voices.RATE),
-    }
+def recorded(make, speakers: int):
+    """A function (train count, test count) -> arrays as `as_sounds` takes them. make: (count, seed,
+    speakers) -> columns. The test has a fifth as many speakers, and others."""
+    def record(train_count: int, test_count: int, speakers: int = speakers, **settings) -> dict:
+        train = make(train_count, 0, speakers, **settings)
+        test = make(test_count, 1, speakers // 5, **settings)
+        test["speaker"] = test["speaker"] + train["speaker"].max() + 1
+        clips = train.pop("waveforms") + test.pop("waveforms")
+        arrays = {key: np.concatenate([train[key], test[key]]) for key in train}
+        arrays["digits"], arrays["speakers"] = arrays.pop("labels"), arrays.pop("speaker")
+        return arrays | {
+            "waveform": np.round(32768 * np.concatenate(clips)).astype(np.int16),
+            "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
+            "is_test": np.repeat([False, True], [len(part["labels"]) for part in (train, test)]),
+            "speaker_names": np.array([f"voice {i}" for i in range(arrays["speakers"].max() + 1)]),
+            "sample_rate": np.array(voices.RATE),
+        }
+
+    return record
 
 
+NOT_COLUMNS = ("waveform", "digits", "speakers", "offsets", "is_test", "speaker_names",
+               "sample_rate")
 DRAWING = (scenes, drawing, prompts)
 MADE = {  # name -> how it is made, how many to learn from, by which modules, what to announce
     "scenes": (drawn(lambda count, seed, test: scenes.make(count, seed), scenes.THINGS), 50_000,
@@ -340,5 +365,10 @@ MADE = {  # name -> how it is made, how many to learn from, by which modules, wh
     "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING,
                "Drawing 22,000 scenes: a minute, once."),
     "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING, "Drawing a subject."),
-    "voices": (record_voices, 8_000, (voices, phonemes), "Speaking 8,800 digits: a minute, once."),
+    "voices": (recorded(voices.make, 200), 8_000, (voices, phonemes),
+               "Speaking 8,800 digits: a minute, once."),
+    "utterances": (recorded(utterances.make, 400), 6_000, (utterances, voices, phonemes),
+                   "Speaking 6,600 rows of digits: four minutes, once."),
+    "songs": (recorded(songs.make, 100), 2_000, (songs, voices, phonemes),
+              "Singing 2,200 songs: four minutes, once."),
 }

@@ -59,10 +59,12 @@ class Speaker:
 
 
 def say(digits: str | int | Sequence[int], language: str = "english",
-        speaker: Speaker | None = None, seed: int = 0, seconds: float | None = None) -> np.ndarray:
+        speaker: Speaker | None = None, seed: int = 0, seconds: float | None = None,
+        alignment: bool = False):
     """Digits, "407" or [4, 0, 7], spoken in one breath -> float32 (T,) in [-1, 1], 8,000 Hz.
     seconds: the exact duration, at least 0.1 a digit; None: as the speaker's tempo makes it. seed:
-    the small differences between one time and the next. UserError for what cannot be said."""
+    the small differences between one time and the next. alignment: also return the phonemes, a list
+    of (symbol, start, end) in seconds. UserError for what cannot be said."""
     numbers = list(str(digits) if isinstance(digits, str | int) else map(str, digits))
     if not numbers or not set(numbers) <= set("0123456789"):
         raise UserError(f"digits are one or more of 0 to 9, got {digits!r}")
@@ -83,7 +85,12 @@ def say(digits: str | int | Sequence[int], language: str = "english",
         lengths[0] = 0.015  # nobody hears how long the mouth was shut before the first sound
     bounds = phonemes.fit(lengths, phones, round(RATE * (seconds or lengths.sum())) / RATE)
     pitch = _intonation(bounds[np.cumsum([0, *map(len, words)])], speaker.pitch, rng)
-    return _synthesize(phones, bounds, pitch, speaker, rng)
+    waveform = _synthesize(phones, bounds, pitch, speaker, rng)
+    if not alignment:
+        return waveform
+    symbols = sum(spelled, [])
+    cuts = bounds[np.cumsum([0] + [len(PHONEMES[symbol]) for symbol in symbols])].tolist()
+    return waveform, list(zip(symbols, cuts[:-1], cuts[1:], strict=True))
 
 
 def _intonation(bounds: np.ndarray, pitch: float, rng) -> tuple[np.ndarray, np.ndarray]:
@@ -224,6 +231,15 @@ def sing(syllables: Sequence[str], notes: Sequence[float | None], durations: Seq
     if not min(durations) >= 0.1:
         raise UserError(f"a note lasts at least 0.1 seconds, got {min(durations)}")
     rng, speaker = np.random.default_rng(seed), speaker or Speaker()
+    phones, bounds, spoken = phones_of(syllables, notes, durations)
+    onset = np.cumsum([0, *durations])
+    waveform = _synthesize(phones, bounds, _melody(notes, onset), speaker, rng)
+    return (waveform, spoken) if alignment else waveform
+
+
+def phones_of(syllables: Sequence[str], notes: Sequence, durations: Sequence[float]) -> tuple:
+    """What `sing` sings: the phones (P), their bounds (P + 1,) in seconds, and the phonemes, a list
+    of (symbol, start, end). Nothing is random in it."""
     onset = np.cumsum([0, *durations])
     phones, bounds, spoken = [], [np.zeros(1)], []
     for i, (syllable, note) in enumerate(zip(syllables, notes, strict=True)):
@@ -239,8 +255,7 @@ def sing(syllables: Sequence[str], notes: Sequence[float | None], durations: Seq
         spoken += zip(symbols, cuts[:-1], cuts[1:], strict=False)
         phones += new
         bounds.append(times[1:])
-    waveform = _synthesize(phones, np.concatenate(bounds), _melody(notes, onset), speaker, rng)
-    return (waveform, spoken) if alignment else waveform
+    return phones, np.concatenate(bounds), spoken
 
 
 def _melody(notes: Sequence[float | None], onset: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -16,11 +16,6 @@ def check_transformer(config) -> None:
           dropout=(getattr(config, "dropout", 0) < 1, "below 1"))
 
 
-def to_texts(codes: Tensor) -> list[str]:
-    """Unicode code points (B, L), padded with 0 -> texts."""
-    return ["".join(map(chr, filter(None, row))) for row in codes.tolist()]
-
-
 def to_tokens(texts, device: torch.device) -> Tensor:
     """Texts -> their tokens after a start token, int64 (B, L), padded with 0. UserError for words
     that are not known."""

@@ -33,9 +33,9 @@ from torch.nn.utils import parametrize
 
 from nanogen import UserError
 from nanogen.blocks import flow_matching as fm
-from nanogen.blocks.text import encode_text
+from nanogen.blocks.text import encode_text, to_texts
 from nanogen.data import prompts
-from nanogen.image import to_texts, to_tokens
+from nanogen.image import to_tokens
 from nanogen.method import Method, Requirement, check_numbers
 
 

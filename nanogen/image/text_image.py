@@ -39,11 +39,11 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from nanogen.blocks import flow_matching as fm
-from nanogen.blocks.text import TextEncoder
+from nanogen.blocks.text import TextEncoder, to_texts
 from nanogen.blocks.transformer import TimeEmbedding, Transformer, rotary_angles
 from nanogen.blocks.unet import UNet, check_fit
 from nanogen.data import prompts
-from nanogen.image import no_text, to_texts, to_tokens
+from nanogen.image import no_text, to_tokens
 from nanogen.method import Method, check, check_numbers
 
 

@@ -41,11 +41,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.blocks import flow_matching as fm
-from nanogen.blocks.text import TextEncoder
+from nanogen.blocks.text import TextEncoder, to_texts
 from nanogen.blocks.transformer import TimeEmbedding
 from nanogen.blocks.unet import UNet, check_fit
 from nanogen.data import prompts
-from nanogen.image import no_text, to_texts, to_tokens
+from nanogen.image import no_text, to_tokens
 from nanogen.method import Method, Requirement, check, check_numbers
 
 

@@ -21,11 +21,13 @@ from nanogen.audio.wave_ar import entropy_baselines, mu_law_encode
 from nanogen.blocks.quantize import usage
 from nanogen.data.datasets import Dataset
 from nanogen.judge import Judge
-from nanogen.lab import machine, metrics, prompt_metrics, sound_metrics
+from nanogen.lab import machine, metrics, prompt_metrics, sound_metrics, speech_metrics
 from nanogen.lab.plots import grid, to_uint8
 from nanogen.lab.prepare import columns, pad, test_columns, to_tensor
-from nanogen.lab.runs import Run, judge, reader
+from nanogen.lab.runs import Run, judge
+from nanogen.lab.runs import expert as trained_expert
 from nanogen.lab.sample import sample, write_samples, write_sounds
+from nanogen.listener import Listener
 from nanogen.reader import Reader
 
 
@@ -48,18 +50,24 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     beside = Path(os.path.normpath(run.folder / ".."))
     expert = run if model.kind == "judge" else None
     if "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
-        expert = reader(beside, dataset.count, quiet)
+        expert = trained_expert("reader", "things", beside, dataset.count, quiet)
+    elif not expert and "words" in dataset.test:
+        expert = trained_expert("listener", dataset.name, beside, dataset.count, quiet)
     elif not expert and dataset.kind != "videos" and model.output == dataset.main:
         expert = judge(dataset, beside, quiet)
     if run.method == "reader":
         right = prompt_metrics.obeyed(dataset.test["images"], dataset.test, model)
         result = {f"{name}_accuracy": values.mean().item() for name, values in right.items()}
+    elif run.method == "listener":
+        result = speech_metrics.evaluate_listener(model, dataset)
     elif model.kind == "judge":
         test = test_columns(run.model, dataset)
         result = accuracies(model, test[dataset.main], test)
         result["test_accuracy"] = result.pop("class_accuracy")
     elif isinstance(expert and expert.model, Reader):
         result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
+    elif isinstance(expert and expert.model, Listener) and model.kind == "generator":
+        result = speech_metrics.evaluate_speech(run, dataset, expert.model, n, seed, settings)
     elif model.kind == "generator":
         result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:
@@ -85,6 +93,8 @@ def rounded(result: dict) -> dict:
 def accuracies(expert: Judge, examples: Tensor, wanted: dict, suffix: str = "") -> dict:
     """How often the judge finds the labels (N,) and second labels (N,) that are in `wanted`.
     Second labels are left out where some are of speakers that the judge does not know."""
+    if isinstance(expert, Listener):
+        return {f"words_right{suffix}": speech_metrics.words_right(expert, examples, wanted)}
     result, second = {}, expert.config.second
     if "labels" in wanted:
         logits = apply(expert, examples)
@@ -191,7 +201,7 @@ def evaluate_codec(run: Run, dataset: Dataset, expert: Judge, n: int) -> dict:
     """Reconstructions of n test sounds at each bit rate. The highest gives the main metrics."""
     model, chosen = run.model, first(n, dataset)
     waveforms, lengths = pad([dataset.test["waveforms"][i] for i in chosen])
-    wanted = {name: dataset.test[name][chosen] for name in expert.columns}
+    wanted = {name: dataset.test[name][chosen] for name in expert.columns} | {"lengths": lengths}
     tokens = apply(model.encode, waveforms, 50)  # (N, frames, codebooks)
     result = {"clips": len(waveforms), "kbps": model.kbps()}
     result |= accuracies(expert, waveforms, wanted, "_originals")

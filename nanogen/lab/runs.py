@@ -292,14 +292,16 @@ def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) ->
     return train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
 
 
-def reader(folder: Path = Path("runs"), count: int | None = None, quiet: bool = False) -> Run:
-    """The reader of scenes in `folder`: loaded, or trained now. count: of images to learn from."""
-    place = Path(folder) / "reader-things"
+def expert(method: str, data: str, folder: Path = Path("runs"), count: int | None = None,
+           quiet: bool = False) -> Run:
+    """The "reader" of scenes or the "listener" of a data set in `folder`: loaded, or trained now.
+    count: of examples to learn from."""
+    place = Path(folder) / f"{method}-{data}"
     if (place / WEIGHTS).exists():
         return load_run(place)
     if not quiet:
-        print(f"Evaluation needs the reader {place}, which is trained first.", flush=True)
-    return train_run("reader", remembered("things", count), {}, place, resume=True, quiet=quiet)
+        print(f"Evaluation needs the {method} {place}, which is trained first.", flush=True)
+    return train_run(method, remembered(data, count), {}, place, resume=True, quiet=quiet)
 
 
 # ---- loading

@@ -87,7 +87,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         outputs.append(drawn)
     arrays = gather(outputs, model.output)
     for name, kind in model.conditions.items():
-        if kind in ("class", "text"):
+        if kind in ("class", "text", "optional text"):
             arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
     if known and model.data == "sounds":
         arrays |= {"known": known[0][turn].numpy(), "known_lengths": known[1][turn].numpy()}
@@ -107,15 +107,20 @@ def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
         return [number_of(value, name, run) for value in said] if said else every
     if kind == "text":
         return [str(text) for text in said or run.record["examples"][name]]
+    if kind == "optional text":
+        return list(map(str, said or [""]))
     if not said and kind == "optional image":
         return [-torch.ones(3, run.model.config.size, run.model.config.size)]  # black: none
+    if not said and kind == "optional sound":
+        return [torch.zeros(1)]  # silence: none
     if not said:
         raise UserError(f"{run.folder} needs --{name.removesuffix('s')} FILE.")
     if kind.endswith("image"):
         size = run.model.config.size
         images = [file if isinstance(file, np.ndarray) else read_image(file, size) for file in said]
         return list(to_float(np.stack(images)))
-    return [torch.from_numpy(read_sound(file)) for file in said]
+    return [torch.from_numpy(file if isinstance(file, np.ndarray) else read_sound(file))
+            for file in said]
 
 
 def read_known(run: "Run", known: list, hole: tuple | None = None, mask: str | Path | None = None,
@@ -155,8 +160,8 @@ def read_known(run: "Run", known: list, hole: tuple | None = None, mask: str | P
 
 def to_batch(values: list, kind: str) -> Tensor:
     """Values of one condition -> a tensor on the device."""
-    make = {"class": torch.tensor, "text": encode_text}.get(kind) or functools.partial(
-        torch.nn.utils.rnn.pad_sequence, batch_first=True)
+    make = {"class": torch.tensor, "text": encode_text}.get(kind.removeprefix("optional "))
+    make = make or functools.partial(torch.nn.utils.rnn.pad_sequence, batch_first=True)
     return make(values).to(machine.device())
 
 
@@ -191,17 +196,17 @@ def ask(run: "Run", function, *inputs, **settings):
 
 def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]:
     """The outputs of all batches as arrays."""
+    thoughts = sum((drawn.get("thoughts", []) for drawn in outputs), [])
+    said = {"thoughts": np.array(thoughts)} if thoughts else {}
     if kind != "waveforms":
-        thoughts = sum((drawn.get("thoughts", []) for drawn in outputs), [])
-        return {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])} | (
-            {"thoughts": np.array(thoughts)} if thoughts else {})
+        return {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])} | said
     clips = []
     for drawn in outputs:
         pairs = zip(drawn["waveforms"], drawn["lengths"].tolist(), strict=True)
         clips += [waveform[:length].float().cpu().numpy() for waveform, length in pairs]
     waveforms, lengths = pad(clips)
     return {"waveforms": waveforms.clamp(-1, 1).numpy(), "lengths": lengths.numpy(),
-            "sample_rate": np.array(SAMPLE_RATE)}
+            "sample_rate": np.array(SAMPLE_RATE)} | said
 
 
 def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: list = ()) -> None:

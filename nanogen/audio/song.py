@@ -1,0 +1,197 @@
+"""Song: from a few words to lyrics, a melody, and a voice that sings it to plucked strings.
+
+    prompt           "a sad slow song about night"
+    chain            chord, then word, tone, length of each note, ...           composes
+    frames           which phoneme, note and chord belong to each 16 ms
+    flow matching    from noise to the codec's latents, all frames at once      sings
+
+A Transformer chains what can be written down, words and notes, symbol by symbol: about 30 steps. A
+second one draws the sound for them. Words and melody may be typed instead; the chain then
+composes what is missing. The grammar of a score is not learned: symbols that cannot come next are
+never drawn, so a half bar always has four half beats. That notes are in the key is learned.
+
+    python -m nanogen train song --data songs
+    python -m nanogen sample runs/song-songs --prompt "a happy fast song about the sea"
+    python -m nanogen sample runs/song-songs --prompt "a slow song" --lyric "sun moon day night"
+    python -m nanogen sample runs/song-songs --melody "0:2 2:2 4:4 7:1 5:1 4:2 0:4" --key 53
+
+Sources: Agostinelli et al. 2023, "MusicLM", and Yuan et al. 2025, "YuE" (symbols or tokens first,
+then sound); Le et al. 2023, "Voicebox" (flow matching with a phoneme for each frame); Liu et al.
+2022, "DiffSinger" (a network that sings a given score). Different here: the score is explicit.
+"""
+
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from nanogen.blocks import flow_matching as fm
+from nanogen.blocks import transformer
+from nanogen.blocks.frames import FrameField
+from nanogen.blocks.standardize import Standardizer
+from nanogen.blocks.text import to_texts
+from nanogen.data import songs, utterances
+from nanogen.method import Method, Requirement, check, check_numbers
+
+SIZES = len(utterances.SYMBOLS), 128, 128  # how many phonemes, notes and chords there are
+
+
+@dataclass
+class Config:
+    width: int = 256  # features of a frame
+    depth: int = 6  # blocks
+    heads: int = 4  # attention heads of both Transformers
+    window: int = 192  # frames of 16 ms that one training step sees of a song
+    score_dropout: float = 0.1  # fraction of songs trained without a score, for guidance
+    chain_width: int = 128  # features of a symbol of the score
+    chain_depth: int = 3  # blocks of the chain
+    chain_dropout: float = 0.2  # on every branch: 2,000 short scores are soon memorised
+
+    def __post_init__(self):
+        check_numbers(self, window=(self.window >= 16, "at least 16"))
+        for name in ("width", "chain_width"):
+            even = getattr(self, name) % (2 * self.heads) == 0
+            check(self, **{name: (even, "a multiple of 2 * heads")})
+
+
+class Chain(nn.Module):
+    """A causal Transformer over the symbols of a score."""
+
+    def __init__(self, width: int, depth: int, heads: int, dropout: float):
+        super().__init__()
+        self.embedding, self.head_dim = nn.Embedding(len(songs.VOCABULARY), width), width // heads
+        self.always = nn.Parameter(torch.zeros(width))
+        self.transformer = transformer.Transformer(width, depth, heads, dropout=dropout)
+        self.out = transformer.zeroed(nn.Linear(width, len(songs.VOCABULARY)), adamw=True)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """symbols: int64 (B, S) -> logits of the symbol after each, (B, S, vocabulary)."""
+        positions = torch.arange(symbols.shape[1], device=symbols.device)[:, None]
+        h = self.transformer(self.embedding(symbols.clamp(min=0)), causal=True,
+                             angles=transformer.rotary_angles(positions, self.head_dim),
+                             condition=self.always[None].expand(len(symbols), -1))
+        return self.out(h).float()
+
+    def loss(self, symbols: Tensor) -> Tensor:
+        """Cross-entropy of symbols (B, S), -1 after the last, given theme, mood and tempo."""
+        logits = self(symbols[:, :-1])[:, 2:]
+        return F.cross_entropy(logits.flatten(0, 1), symbols[:, 3:].flatten(), ignore_index=-1)
+
+    @torch.no_grad()
+    def compose(self, begun: list[int], words: list[str], notes: list[tuple[int, int]],
+                temperature: float, rng: torch.Generator) -> songs.Song:
+        """A song from theme, mood and tempo. words: those of the notes, in turn; notes: their tones
+        and lengths; both drawn where the list is empty."""
+        chain, count, device = list(begun), 0, self.always.device
+        while (allowed := songs.possible(chain)).any():
+            kind = songs.VOCABULARY[int(allowed.argmax())].split()[0]
+            typed = {"word": words and words[count % len(words)],
+                     "tone": notes and notes[count][0], "length": notes and notes[count][1]}
+            symbol = f"{kind} {typed[kind]}" if typed.get(kind, []) != [] else None
+            if symbol is None:
+                logits = self(torch.tensor([chain], device=device))[0, -1].double()
+                logits[~torch.from_numpy(allowed).to(device)] = -torch.inf
+                p = (logits / temperature).softmax(0) if temperature else (
+                    logits == logits.max()).double()
+                chain.append(int(torch.multinomial(p, 1, generator=rng)))
+            else:
+                chain.append(songs.VOCABULARY.index(symbol))
+            count += kind == "length"
+        return songs.from_symbols(chain)
+
+
+class Song(Method):
+    """A chain that composes, and a velocity field for latents (B, F, dim) on a frozen codec."""
+
+    data, output, encodes = "sounds", "waveforms", True
+    conditions = {"prompts": "text", "lyrics": "optional text", "melodies": "optional text"}
+    columns = ("symbols", "frames")
+    times = staticmethod(partial(fm.logit_normal_times, mean=-0.5, std=1.2))
+
+    def __init__(self, config: Config, base: nn.Module):
+        super().__init__()
+        self.freeze(codec=base)
+        self.config, dim = config, base.config.dim
+        self.latents = Standardizer(dim)
+        self.chain = Chain(config.chain_width, config.chain_depth, config.heads,
+                           config.chain_dropout)
+        self.meaning = nn.ModuleList(nn.Embedding(size + 1, config.width) for size in SIZES)
+        self.field = FrameField(dim, dim, config.width, config.depth, config.heads)
+
+    @staticmethod
+    def requires(config: Config) -> Requirement:
+        return Requirement("codec", {}, data="all")
+
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Songs -> "latents" float32 (N, F, dim), "frames" int64 (N, F, 3), -1 after the end, and
+        "symbols" int64 (N, S)."""
+        latents = self.codec.latents(batch["waveforms"]).float()
+        latents = F.pad(latents, (0, 0, 0, batch["frames"].shape[1] - latents.shape[1]))
+        return {"latents": latents, "frames": batch["frames"], "symbols": batch["symbols"]}
+
+    def measure(self, data: dict[str, Tensor]) -> None:
+        self.latents.measure(data["latents"][data["frames"][..., 0] >= 0])
+
+    def velocity(self, x_t: Tensor, t: Tensor, frames: Tensor) -> Tensor:
+        """x_t: (B, F, dim), t: (B,), frames: int64 (B, F, 3): phoneme, note, chord, -1 where there
+        is no frame, the size of each where it is hidden -> (B, F, dim)."""
+        meaning = sum(embedding(part.clamp(min=0)) for embedding, part
+                      in zip(self.meaning, frames.unbind(-1), strict=True))
+        return self.field(x_t, t, meaning, frames[..., 0] >= 0)
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """Flow matching of a part of each song, given its score; and the cross-entropy of the
+        score's symbols."""
+        frames, config = batch["frames"], self.config
+        count, device = len(frames), frames.device
+        room = ((frames[..., 0] >= 0).sum(1, keepdim=True) - config.window).clamp(min=0)
+        start = (torch.rand(count, 1, device=device) * (room + 1)).long()
+        index = start + torch.arange(min(config.window, frames.shape[1]), device=device)
+        x1 = self.latents(batch["latents"]).take_along_dim(index[..., None], dim=1)
+        frames = frames.take_along_dim(index[..., None], dim=1)
+        there = frames[..., 0] >= 0
+        hidden = torch.rand(count, 1, 1, device=device) < config.score_dropout
+        seen = torch.where(hidden & there[..., None], hide(frames), frames)
+        noise, t = torch.randn_like(x1), self.times(count, device)
+        x_t = torch.lerp(noise, x1, fm.expand(t, x1))
+        error = (self.velocity(x_t, t, seen) - (x1 - noise)).square().mean(-1)
+        sing, compose = (error * there).sum() / there.sum(), self.chain.loss(batch["symbols"])
+        return sing + compose, {"sing": sing.detach(), "compose": compose.detach()}
+
+    @torch.no_grad()
+    def sample(self, conditions: dict[str, Tensor], *, steps: int = 16, method: str = "euler",
+               guidance: float = 2.0, temperature: float = 1.0, key: int = 53,
+               seed: int = 0) -> dict:
+        """Takes "prompts" (B, L), texts with a theme, a mood and a tempo, drawn if not there;
+        "lyrics" (B, L), words of one syllable; "melodies" (B, L), "0:2 4:2": semitones above the
+        key's root and half beats -> "waveforms" (B, T), "lengths", and "thoughts", the scores.
+        temperature: of the chain. key: MIDI number of the root. steps and method: of the solver."""
+        device = conditions["prompts"].device
+        if key not in songs.KEYS:
+            raise ValueError(f"key must be from {songs.KEYS[0]} to {songs.KEYS[-1]}, got {key}")
+        rng, drawn = torch.Generator(device).manual_seed(seed), np.random.default_rng(seed)
+        texts = zip(*(to_texts(conditions[name]) for name in self.conditions), strict=True)
+        scores = [self.chain.compose(songs.read_prompt(prompt, drawn), songs.read_lyrics(lyrics),
+                                     songs.read_melody(melody), temperature, rng)
+                  for prompt, lyrics, melody in texts]
+        frames = [torch.from_numpy(songs.to_frames(score, key)) for score in scores]
+        lengths = torch.tensor(list(map(len, frames))) * self.codec.hop
+        frames = pad_sequence(frames, batch_first=True, padding_value=-1).to(device)
+        nothing = torch.where(frames >= 0, hide(frames), frames)
+        x0 = torch.randn(*frames.shape[:2], self.codec.config.dim, generator=rng, device=device)
+        z = fm.solve(fm.guide(self.velocity, frames, nothing, guidance), x0, steps, method)
+        waveforms = self.codec.decode_latents(self.latents.inverse(z))
+        return {"waveforms": waveforms, "lengths": lengths,
+                "thoughts": [songs.to_text(score) for score in scores]}
+
+
+def hide(frames: Tensor) -> Tensor:
+    """The same shape, with the symbol of each column that stands for "hidden"."""
+    return torch.tensor(SIZES, device=frames.device).expand_as(frames)
+
+
+Model = Song
