@@ -7,6 +7,7 @@
     nanogen sample runs/audio_lm-fsdd --label 3 --speaker jackson --out sounds
     nanogen encode runs/codec-fsdd speech.flac --out speech.npz --kbps 2
     nanogen decode runs/codec-fsdd speech.npz --out speech.wav
+    nanogen dub runs/speech-recordings my.wav --language german --out dubbed.wav
     nanogen evaluate runs/maskgit-cifar10    metrics on held-out data
     nanogen compare --minutes 5              all image methods at one budget -> a table and a page
     nanogen report runs/maskgit-cifar10      one HTML page: curves, samples, metrics
@@ -231,6 +232,21 @@ def decode_command(options) -> None:
     print(options.out)
 
 
+def dub_command(options) -> None:
+    import soundfile
+
+    from nanogen.data.sources import SAMPLE_RATE, read_sound
+
+    run, out = lab("runs").load_run(options.run), Path(options.out)
+    listener = lab("runs").expert("listener", run.record["data"]["name"], run.folder.parent)
+    clip = read_sound(options.file)
+    (dubbed, digits, heard), = lab("dubbing").dub(run, listener.model, [clip], options.language,
+                                                  options.seed)
+    soundfile.write(out, dubbed, SAMPLE_RATE)
+    print(f"{out}: {digits}, heard in {heard}, said in {options.language}, "
+          f"{len(dubbed) / SAMPLE_RATE:.2f} s of {len(clip) / SAMPLE_RATE:.2f} s")
+
+
 def compare_command(options) -> None:
     from nanogen.data.datasets import name_of
 
@@ -270,6 +286,11 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
                  ("--n", "samples or test examples (1000; 200 to 300 where slow)", dict(type=int)),
                  ("--data", "where its folder of files is now, if it was moved", {}),
                  ("--seed", "of everything drawn (1)", dict(type=int, default=1))),
+    "dub": (dub_command, "what a clip says, in another language, by the same voice",
+            ("run", "the folder of a run of speech", {}), ("file", "a sound: digits", {}),
+            ("--language", "english, german or spanish", dict(required=True)),
+            ("--seed", "of everything drawn (0)", dict(type=int, default=0)),
+            ("--out", "the new sound (dubbed.wav)", dict(default="dubbed.wav"))),
     "compare": (compare_command, "all image methods at one budget: a table and a page",
                 ("--data", "cifar10, scenes or a folder of images", dict(default="cifar10")),
                 ("--minutes", "for each training (5)", dict(type=float, default=5.0)),

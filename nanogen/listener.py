@@ -8,7 +8,7 @@ which the words may lie over the frames (CTC). A voice is a direction. The netwo
 the training speakers apart, and a recording of an unseen speaker gets a direction, too: recordings
 with about the same one are of the same speaker.
 
-    python -m nanogen train listener --data utterances
+    python -m nanogen train listener --data recordings
 
 Sources: Graves et al. 2006, "Connectionist Temporal Classification"; Snyder et al. 2018,
 "X-Vectors" (a vector for a voice); Wang et al. 2018, "CosFace" (the margin of the voices).
@@ -35,7 +35,7 @@ class Config:
     depth: int = 7  # residual blocks
     voice_width: int = 64  # size of a voice's vector
     words: int = 30  # number of different words
-    speakers: int = 400  # number of voices to learn from
+    speakers: int = 406  # number of voices to learn from
     seconds: float = 4.0  # longer recordings are cut
 
     def __post_init__(self):

@@ -326,3 +326,14 @@ def test_a_real_time_factor_is_seconds_of_sound_per_second():
     threads = torch.get_num_threads()
     factor = sound_metrics.real_time_factor(lambda: time.sleep(0.02), 1.0)
     assert factor == pytest.approx(50, rel=0.5) and torch.get_num_threads() == threads
+
+
+@pytest.mark.parametrize("midi", [45, 57.3, 69])
+def test_the_pitch_of_a_sung_note_is_found_below_strings(midi):
+    note = voices.sing(["la"], [midi], [0.6], seed=1)[1600:4400]
+    strings = voices.pluck([(midi - 12, midi - 5)], [0.6])[1600:4400]
+    cents = 1200 * np.log2(sound_metrics.pitch(note + 0.3 * strings) / voices.midi_to_hertz(midi))
+    assert abs(cents) < 20
+    tone = np.sin(2 * np.pi * 220 * np.arange(2000) / 8000)
+    assert sound_metrics.pitch(tone) == pytest.approx(220, rel=1e-3)
+    assert np.isnan(sound_metrics.pitch(np.zeros(600)))

@@ -230,3 +230,25 @@ def test_the_listener_learns_words_and_voices(recordings):
         optimizer.step()
         losses.append((metrics["words"], metrics["voice"]))
     assert losses[-1][0] < 0.1 * losses[0][0] and losses[-1][1] < 0.5 * losses[0][1], losses[-1]
+
+
+# ---- recordings of people
+
+
+def test_recorded_digits_are_joined_by_one_speaker_with_the_truth_about_them():
+    rng = np.random.default_rng(0)
+    clips = [np.concatenate([np.zeros(300), rng.uniform(-1, 1, 2000 + 100 * i), np.zeros(500)])
+             .astype(np.float32) for i in range(20)]
+    digits, speakers = np.arange(20) % 10, np.arange(20) // 10
+    rows = utterances.join(clips, digits, speakers, 8)
+    for i, sound in enumerate(rows["waveforms"]):
+        frames, begin = rows["frames"][i], rows["begin"][i]
+        assert (frames >= 0).sum() == len(sound) / utterances.HOP and frames[begin] > 0
+        assert not sound[(begin - 4) * utterances.HOP : begin * utterances.HOP].any()
+        counts = rows["durations"][i, :, 1]
+        assert counts[counts >= 0].sum() <= (frames >= 0).sum() - begin
+        symbols = rows["durations"][i, :, 0]
+        spelled = utterances.spell(rows["prompts"][i], "english")
+        assert symbols[symbols >= 0].tolist() == spelled
+        words = rows["words"][i]
+        assert "".join(map(str, words[words >= 0])).endswith(rows["prompts"][i])

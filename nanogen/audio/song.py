@@ -164,7 +164,7 @@ class Song(Method):
 
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 16, method: str = "euler",
-               guidance: float = 2.0, temperature: float = 1.0, key: int = 53,
+               guidance: float = 2.0, temperature: float = 1.0, key: int = songs.KEY,
                seed: int = 0) -> dict:
         """Takes "prompts" (B, L), texts with a theme, a mood and a tempo, drawn if not there;
         "lyrics" (B, L), words of one syllable; "melodies" (B, L), "0:2 4:2": semitones above the

@@ -13,8 +13,8 @@ ones, and the phoneme of each frame. The phonemes of the prompt are hidden from 
 needs no transcript. Explicit durations make the length of the result a condition: dubbing asks for
 the length of the original. Two guidances: against no text, and against no voice.
 
-    python -m nanogen train speech --data utterances
-    python -m nanogen sample runs/speech-utterances --prompt "three one four" --language german \\
+    python -m nanogen train speech --data recordings
+    python -m nanogen sample runs/speech-recordings --prompt "three one four" --language german \\
         --voice my.wav --seconds 1.8
 
 Sources: Le et al. 2023, "Voicebox" (infilling by flow matching, with durations); Chen et al. 2024,

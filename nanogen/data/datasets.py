@@ -9,6 +9,7 @@ All of them are small: a few arrays in memory, from which a training draws batch
     utterances 6,600 recordings of digits, two languages in one voice; made by utterances.py
     songs      2,200 sung lines with strings; made by songs.py from a seed
     all        sounds of fsdd, utterances and songs, for a codec that serves all of them
+    recordings utterances, and rows of the digits of fsdd, without one of its speakers
     prompts    44,000 texts and the drawings that they ask for, edits too; made by prompts.py
     clips      6,600 clips of 8 frames with a moving thing, and captions; made by scenes.py
     things     22,000 drawings of several things, to train the reader on; made by prompts.py
@@ -38,7 +39,9 @@ from nanogen.files import explained, fingerprint, make_folder, read_npz, write_a
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
 KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
          "subject": "images", "clips": "videos", "fsdd": "sounds", "voices": "sounds",
-         "utterances": "sounds", "songs": "sounds", "all": "sounds"}
+         "utterances": "sounds", "songs": "sounds", "all": "sounds", "recordings": "sounds"}
+JOINED = ("all", "recordings")  # made of other data sets
+LEFT_OUT = "jackson"  # the speaker of fsdd that recordings do not have
 ALL = {"fsdd": None, "utterances": 2_000, "songs": 1_000}  # how many training clips of each
 WITHOUT = "-without-"  # fsdd-without-jackson
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -143,8 +146,8 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
     folders = [Path(folder)] if folder else data_folders()
     if name in MADE:
         return load_made(name, folders, count)
-    if name == "all":
-        return load_all(folder, count)
+    if name in JOINED:
+        return (load_all if name == "all" else load_recordings)(folder, count)
     if whole(name) in SOURCES:
         data = load_downloaded(whole(name), folders)
         data = data if name == whole(name) else without(data, name.partition(WITHOUT)[2])
@@ -154,7 +157,7 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
         for part in (data.train, data.test) if data.kind == "images" else ():
             part["prompts"] = [Path(file).stem.replace("_", " ") for file in part["files"]]
     else:
-        choices = f"say {', '.join([*SOURCES, *MADE, 'all'])} or an existing folder"
+        choices = f"say {', '.join([*SOURCES, *MADE, *JOINED])} or an existing folder"
         raise UserError(f"There is no data set or folder {name!r}: {choices}.")
     return data if count is None else thin(data, count)
 
@@ -247,6 +250,23 @@ def load_all(folder: Path | None, count: int | None) -> Dataset:
         sides.append({"waveforms": sum(clips, []), "labels": source, "speakers": source})
     names = {"labels": list(ALL), "speakers": list(ALL)}
     return Dataset("all", "all", "sounds", *sides, names, count)
+
+
+def load_recordings(folder: Path | None, count: int | None) -> Dataset:
+    """The utterances, and rows of FSDD's digits by all speakers but LEFT_OUT, to learn from."""
+    made, real = load("utterances", folder, count), load("fsdd", folder)
+    clips = without(real, LEFT_OUT).train
+    rows = utterances.join(clips["waveforms"], clips["labels"], clips["speakers"],
+                           len(made) * 2 // 5)
+    rows["speakers"] = rows.pop("speaker") + made.classes("speakers")
+    test = made.test | {"speakers": made.test["speakers"] + len(real.names["speakers"])}
+    train = {name: values + rows[name] if isinstance(values, list) else
+             np.concatenate([values, rows[name]])
+             for name, values in made.train.items() if name in rows}
+    speakers, heard = made.names["speakers"], made.classes("speakers")
+    speakers = speakers[:heard] + real.names["speakers"] + speakers[heard:]
+    return replace(made, name="recordings", origin="recordings", train=train, test=test,
+                   names=made.names | {"speakers": speakers})
 
 
 def as_images(name: str, arrays: dict[str, np.ndarray]) -> Dataset:

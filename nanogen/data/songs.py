@@ -35,6 +35,7 @@ RHYTHMS = ((2, 2), (4,), (1, 1, 2), (2, 1, 1), (3, 1))  # of half a bar, in half
 CHORDS = ((1, 4, 5, 1), (1, 6, 4, 1), (1, 5, 4, 1), (1, 4, 1, 1), (6, 4, 5, 1))  # scale's steps
 WORDS = list(SYLLABLES)
 KEYS = range(50, 58)  # MIDI numbers of the root: D3 to A3
+KEY = 53  # F3: the key of what a model sings, unless told
 HIGHEST = 9  # step of the scale: a third above the octave
 HALF_BARS = 4
 VOCABULARY = [*THEMES, *MOODS, *TEMPOS, *(f"chord {step}" for step in range(1, 8)),

@@ -53,10 +53,8 @@ def to_frames(spoken: list[tuple], total: int) -> np.ndarray:
 
 def to_counts(spoken: list[tuple], begin: int) -> list[tuple[int, int]]:
     """Phonemes of the part that begins at a frame -> (symbol, number of frames) of each."""
-    cuts = [round(start * RATE / HOP) for _, start, _ in spoken] + [
-        round(spoken[-1][2] * RATE / HOP)]
-    return [(SYMBOLS.index(symbol), after - before) for (symbol, start, _), before, after
-            in zip(spoken, cuts[:-1], cuts[1:], strict=True) if start * RATE >= begin * HOP - 1]
+    return [(SYMBOLS.index(symbol), round(end * RATE / HOP) - round(start * RATE / HOP))
+            for symbol, start, end in spoken if start * RATE >= begin * HOP - 1]
 
 
 def record(digits: list[str], languages: list[str], speaker: Speaker,
@@ -80,6 +78,27 @@ def record(digits: list[str], languages: list[str], speaker: Speaker,
     return np.concatenate(pieces), spoken, begin
 
 
+def empty_columns(count: int, longest: float) -> dict[str, np.ndarray]:
+    """The columns of `count` recordings, with -1 everywhere."""
+    shapes = {"words": (8,), "frames": (int(longest * RATE) // HOP,),
+              "durations": (MOST_PHONEMES, 2), "begin": (), "language": (2,), "labels": (),
+              "speaker": ()}
+    return {name: np.full((count, *shape), -1) for name, shape in shapes.items()}
+
+
+def describe(columns: dict, row: int, sound: np.ndarray, phones: list, begin: int, who: int,
+             digits: list[str], language) -> None:
+    """Write the truth about a recording into one row of the columns."""
+    words = [10 * code + int(digit) for code, part in zip(language, digits, strict=True)
+             for digit in part]
+    values = {"words": words, "frames": to_frames(phones, len(sound)),
+              "durations": to_counts(phones, begin)}
+    for name, value in values.items():
+        columns[name][row, : len(value)] = value
+    columns["begin"][row], columns["language"][row] = begin, language
+    columns["labels"][row], columns["speaker"][row] = int(digits[1][0]), who
+
+
 def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -> dict:
     """`count` recordings by `speakers` voices in turn, at most `longest` seconds each.
 
@@ -89,25 +108,55 @@ def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -
     part; language int64 (N, 2), of the parts; labels int64 (N,), the second part's first digit;
     prompts, a list of its digits; speaker int64 (N,); voice float32 (N, 4)."""
     voices = [Speaker.random(np.random.default_rng([seed, 0, i])) for i in range(speakers)]
-    most, waveforms, prompts = int(longest * RATE) // HOP, [], []
-    shapes = {"words": (8,), "frames": (most,), "durations": (MOST_PHONEMES, 2), "begin": (),
-              "language": (2,), "labels": (), "speaker": ()}
-    columns = {name: np.full((count, *shape), -1) for name, shape in shapes.items()}
+    columns, waveforms, prompts = empty_columns(count, longest), [], []
     for i in range(count):
         rng, who, sound = np.random.default_rng([seed, 1, i]), i % speakers, None
-        while sound is None or len(sound) > most * HOP:
+        while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
             digits = ["".join(map(str, rng.integers(10, size=rng.integers(1, 5)))) for _ in "ab"]
             language = rng.integers(len(LANGUAGES), size=2)
             sound, phones, begin = record(digits, [LANGUAGES[k] for k in language], voices[who],
                                           rng)
-        words = [10 * k + int(digit) for k, part in zip(language, digits, strict=True)
-                 for digit in part]
-        row, counts = to_frames(phones, len(sound)), to_counts(phones, begin)
-        for name, values in (("words", words), ("frames", row), ("durations", counts)):
-            columns[name][i, : len(values)] = values
-        columns["begin"][i], columns["language"][i] = begin, language
-        columns["labels"][i], columns["speaker"][i] = int(digits[1][0]), who
+        describe(columns, i, sound, phones, begin, who, digits, language)
         waveforms.append(sound)
         prompts.append(digits[1])
     voice = np.array([astuple(voices[who]) for who in columns["speaker"]], dtype=np.float32)
     return {"waveforms": waveforms, **columns, "voice": voice, "prompts": prompts}
+
+
+def join(clips: list[np.ndarray], digits: np.ndarray, speakers: np.ndarray, count: int,
+         seed: int = 0, longest: float = 4.0) -> dict:
+    """The same from recorded English digits (T,), joined, each row by one of the speakers. Nobody
+    knows when their phonemes sound: a clip is divided as at ordinary tempo."""
+    columns, waveforms, prompts = empty_columns(count, longest), [], []
+    rows = {who: np.flatnonzero(speakers == who) for who in np.unique(speakers)}
+    for i in range(count):
+        rng, sound = np.random.default_rng([seed, i]), None
+        who = int(rng.choice(list(rows)))
+        while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
+            chosen = [rng.choice(rows[who], rng.integers(1, 5)) for _ in "ab"]
+            pieces, phones, at, begin = [], [], 0, 0  # at, and all lengths: multiples of HOP
+            for j, number in enumerate([*chosen[0], *chosen[1]]):
+                second = j == len(chosen[0])
+                gap = HOP * int(rng.integers(4, 16) if second else rng.integers(4))
+                clip, at = trimmed(clips[number]), at + gap
+                begin = at // HOP if second else begin
+                spelled = DIGITS["english"][int(digits[number])].split()
+                ends = np.cumsum([0.0] + [TYPICAL[SYMBOLS.index(symbol)] for symbol in spelled])
+                cuts = ((at + ends / ends[-1] * len(clip)) / RATE).tolist()
+                phones += zip(spelled, cuts[:-1], cuts[1:], strict=True)
+                pieces += [np.zeros(gap, dtype=np.float32), clip]
+                at += len(clip)
+            sound = np.concatenate(pieces)
+        said = ["".join(str(int(digits[number])) for number in part) for part in chosen]
+        describe(columns, i, sound, phones, begin, who, said, [0, 0])
+        waveforms.append(sound)
+        prompts.append(said[1])
+    return {"waveforms": waveforms, **columns, "prompts": prompts}
+
+
+def trimmed(clip: np.ndarray) -> np.ndarray:
+    """A clip (T,) without the frames at its ends that are 35 dB softer than its loudest one."""
+    clip = np.pad(clip, (0, -len(clip) % HOP))
+    power = np.square(clip).reshape(-1, HOP).sum(1)
+    loud = np.flatnonzero(power >= power.max() * 10**-3.5)
+    return clip[loud[0] * HOP : (loud[-1] + 1) * HOP]

@@ -67,7 +67,9 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     elif isinstance(expert and expert.model, Reader):
         result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
     elif isinstance(expert and expert.model, Listener) and model.kind == "generator":
-        result = speech_metrics.evaluate_speech(run, dataset, expert.model, n, seed, settings)
+        measure = (speech_metrics.evaluate_songs if "scores" in dataset.test
+                   else speech_metrics.evaluate_speech)
+        result = measure(run, dataset, expert.model, n, seed, settings)
     elif model.kind == "generator":
         result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:
@@ -94,7 +96,8 @@ def accuracies(expert: Judge, examples: Tensor, wanted: dict, suffix: str = "") 
     """How often the judge finds the labels (N,) and second labels (N,) that are in `wanted`.
     Second labels are left out where some are of speakers that the judge does not know."""
     if isinstance(expert, Listener):
-        return {f"words_right{suffix}": speech_metrics.words_right(expert, examples, wanted)}
+        clips = [clip.numpy() for clip in cut(examples, wanted["lengths"])]
+        return {f"words_right{suffix}": speech_metrics.words_right(expert, clips, wanted["words"])}
     result, second = {}, expert.config.second
     if "labels" in wanted:
         logits = apply(expert, examples)

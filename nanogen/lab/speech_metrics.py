@@ -1,57 +1,53 @@
-"""Metrics of speech: are the right words heard, in the right voice, for the right time?
+"""Metrics of speech and songs: are the right words heard, in the right voice, on the right notes?
 
-The listener (nanogen/listener.py) writes down what it hears and compares voices. Recordings go the
-same way, to show what the listener itself misses.
+The listener (nanogen/listener.py) writes down what it hears and compares voices; the pitch of a
+note is measured by its autocorrelation. Recordings go the same way, to show what is missed in them.
 
     words right        1 - edits / words: a word that is missing, wrong or too many is an edit
     equal error rate   of telling "the voice of the prompt" from "the voice of another prompt"
+    cents              a hundredth of a semitone: how far a note is from the one of the score
 """
 
 import time
 
 import numpy as np
-import torch
 from torch import Tensor
 
-from nanogen.data import utterances
+from nanogen.data import songs, utterances, voices
 from nanogen.data.datasets import Dataset
 from nanogen.data.sources import SAMPLE_RATE
-from nanogen.lab import machine
-from nanogen.lab.prepare import pad
+from nanogen.lab import sound_metrics
+from nanogen.lab.dubbing import dub, listen
 from nanogen.lab.runs import Run
 from nanogen.lab.sample import sample, write_samples
 from nanogen.listener import Listener, edits, equal_error_rate
 
 STRETCHES = (0.7, 1.4)  # times the natural length
 PROMPTS = (0.5, 1.0, 2.0)  # seconds of the voice prompt
+DUBBED = 10  # clips of each language that are dubbed into all
 
 
-@torch.no_grad()
-def listen(listener: Listener, waveforms: Tensor, lengths: Tensor) -> tuple[list, Tensor]:
-    """`Listener.listen` of sounds (N, T) in batches."""
-    words, voices = [], []
-    for clips, ends in zip(waveforms.split(100), lengths.split(100), strict=True):
-        heard, voice = listener.listen(clips.to(machine.device()), ends.to(machine.device()))
-        words, voices = words + heard, [*voices, voice.cpu()]
-    return words, torch.cat(voices)
+def cut(drawn: dict) -> list[np.ndarray]:
+    """The waveforms that `sample` returned, each at its length."""
+    return [clip[:length] for clip, length
+            in zip(drawn["waveforms"], drawn["lengths"], strict=True)]
 
 
-def score(wanted: list[list[int]], heard: list[list[int]]) -> float:
+def score_of(wanted: list[list[int]], heard: list[list[int]]) -> float:
     """The fraction of words right, over all sounds."""
     wrong = sum(min(edits(said, got), len(said)) for said, got in zip(wanted, heard, strict=True))
     return 1 - wrong / sum(map(len, wanted))
 
 
-def words_right(listener: Listener, waveforms: Tensor, wanted: dict) -> float:
-    """`score` of sounds (N, T) that have "words" (N, L), -1 after the last, and "lengths" (N,)."""
-    said = [row[row >= 0].tolist() for row in wanted["words"]]
-    return score(said, listen(listener, waveforms, wanted["lengths"])[0])
+def words_right(listener: Listener, clips: list[np.ndarray], words: np.ndarray) -> float:
+    """`score_of` clips (T,) with these words (N, L), -1 after the last."""
+    return score_of([row[row >= 0].tolist() for row in words], listen(listener, clips)[0])
 
 
-def voice_error(voices: Tensor, others: Tensor, speakers: np.ndarray) -> float:
-    """The equal error rate of voices (N, V) against one other recording of each, in the same order;
+def voice_error(vectors: Tensor, others: Tensor, speakers: np.ndarray) -> float:
+    """The equal error rate of vectors (N, V) against one other recording of each, in this order;
     all pairs of two speakers are the different ones."""
-    cosines = (voices @ others.T).numpy()
+    cosines = (vectors @ others.T).numpy()
     different = speakers[:, None] != speakers
     return equal_error_rate(np.diag(cosines), cosines[different])
 
@@ -70,12 +66,12 @@ def parts(test: dict, rows: list[int]) -> tuple[list[np.ndarray], list[np.ndarra
 
 def evaluate_listener(listener: Listener, dataset: Dataset) -> dict:
     """The listener itself on all test recordings."""
-    waveforms, lengths = pad(dataset.test["waveforms"])
-    result = {"words_right": words_right(listener, waveforms, dataset.test | {"lengths": lengths})}
+    clips = dataset.test["waveforms"]
+    result = {"words_right": words_right(listener, clips, dataset.test["words"])}
     if "begin" in dataset.test:
-        first, second, _ = parts(dataset.test, range(len(waveforms)))
-        voices, others = (listen(listener, *pad(clips))[1] for clips in (first, second))
-        result["voice_error"] = voice_error(voices, others, dataset.test["speakers"])
+        first, second, _ = parts(dataset.test, range(len(clips)))
+        vectors, others = (listen(listener, clips)[1] for clips in (first, second))
+        result["voice_error"] = voice_error(vectors, others, dataset.test["speakers"])
     return result
 
 
@@ -83,37 +79,36 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
                     settings: dict) -> dict:
     """Metrics of n test recordings: their first part is the voice prompt, by a voice that training
     did not have; the words of the second part are said. Again at other lengths, with shorter
-    prompts, and with each recording's own length."""
+    prompts; and the first parts are dubbed."""
     test, total = dataset.test, len(dataset.test["waveforms"])
     rows = np.linspace(0, total - 1, min(n, total)).astype(int).tolist()
     first, second, words = parts(test, rows)
     speakers, language = test["speakers"][rows], test["language"][rows, 1]
     names = np.array(run.names["languages"])
-    _, prompt_voices = listen(listener, *pad(first))
+    _, of_prompts = listen(listener, first)
 
     def say(prompts: list, chosen=slice(None), **more) -> tuple[dict, dict]:
         asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": prompts[chosen],
                  "languages": list(names[language[chosen]])}
         drawn = sample(run, len(asked["prompts"]), asked, seed, batch_size=25, **settings | more)
-        clips, lengths = (torch.from_numpy(drawn[name]) for name in ("waveforms", "lengths"))
-        heard, voices = listen(listener, clips, lengths)
-        right = {"words_right": score(words[chosen], heard),
-                 "voice_error": voice_error(voices, prompt_voices[chosen], speakers[chosen])}
+        heard, vectors = listen(listener, cut(drawn))
+        right = {"words_right": score_of(words[chosen], heard),
+                 "voice_error": voice_error(vectors, of_prompts[chosen], speakers[chosen])}
         return right | {"heard": heard}, drawn
 
     start = time.perf_counter()
     natural, drawn = say(first)
     seconds = time.perf_counter() - start
-    heard, voices = listen(listener, *pad(second))
+    heard, vectors = listen(listener, second)
     lengths = drawn["lengths"] / SAMPLE_RATE
     result = {"samples": len(rows), "seconds_per_sound": seconds / len(rows)} | natural
     for code, name in enumerate(names):
         chosen = np.flatnonzero(language == code)
         if len(chosen):
-            result[f"words_right_{name}"] = score([words[i] for i in chosen],
+            result[f"words_right_{name}"] = score_of([words[i] for i in chosen],
                                                   [natural["heard"][i] for i in chosen])
-    result |= {"words_right_real": score(words, heard),
-               "voice_error_real": voice_error(voices, prompt_voices, speakers),
+    result |= {"words_right_real": score_of(words, heard),
+               "voice_error_real": voice_error(vectors, of_prompts, speakers),
                "seconds": lengths.mean().item(),
                "seconds_real": np.mean([len(clip) for clip in second]).item() / SAMPLE_RATE}
     few = slice(0, None, 2)  # every second one: what follows takes six times as long
@@ -121,9 +116,72 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
         more, _ = say(first, few, tempo=1 / stretch)
         result[f"at {stretch:g} times the length"] = more
     for seconds in PROMPTS:
-        cut = [clip[: int(seconds * SAMPLE_RATE)] for clip in first]
-        result[f"prompt of {seconds:g} s"] = say(cut, few)[0]
+        shorter = [clip[: int(seconds * SAMPLE_RATE)] for clip in first]
+        result[f"prompt of {seconds:g} s"] = say(shorter, few)[0]
+    for source in range(len(names)):  # the first parts are dubbed into all languages
+        ours = np.flatnonzero(test["language"][rows, 0] == source)[:DUBBED]
+        said = [test["words"][rows[i]] for i in ours]
+        digits = [row[row >= 0][: -len(words[i])] % 10 for row, i in zip(said, ours, strict=True)]
+        for target in range(len(names)) if len(ours) else ():
+            dubbed = dub(run, listener, [first[i] for i in ours], names[target], seed, **settings)
+            heard, vectors = listen(listener, [clip for clip, *_ in dubbed])
+            off = [abs(len(clip) / len(first[i]) - 1) for (clip, *_), i
+                   in zip(dubbed, ours, strict=True)]
+            result[f"{names[source]} to {names[target]}"] = {
+                "words_right": score_of([list(10 * target + row) for row in digits], heard),
+                "voice_error": voice_error(vectors, of_prompts[ours], speakers[ours]),
+                "length_error": max(off)}
     write_samples(drawn, run, run.folder / "samples")
     for part in (result, *filter(lambda value: isinstance(value, dict), result.values())):
         part.pop("heard", None)
+    return result | run.record["sampling"] | settings
+
+
+def off_pitch(clip: np.ndarray, score: songs.Song, root: int) -> list[float]:
+    """By how many cents each note of a song (T,) is off, without its consonants: the middle half of
+    its time."""
+    wrong, start = [], 0.0
+    for _, tone, length in (note for half in score.notes for note in half):
+        seconds = length * score.half_beat
+        part = clip[int((start + 0.35 * seconds) * SAMPLE_RATE):
+                    int((start + 0.9 * seconds) * SAMPLE_RATE)]
+        wanted, start = voices.midi_to_hertz(root + tone), start + seconds
+        wrong.append(1200 * np.log2(sound_metrics.pitch(part) / wanted))
+    return [1200.0 if np.isnan(cents) else abs(cents) for cents in wrong]
+
+
+def evaluate_songs(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,
+                   settings: dict) -> dict:
+    """Metrics of songs that are composed and sung for n prompts of the test data, in the key of the
+    sampler: what is sung against the score, and the score against the rules."""
+    test, total = dataset.test, len(dataset.test["waveforms"])
+    rows = np.linspace(0, total - 1, min(n, total)).astype(int)
+    start = time.perf_counter()
+    drawn = sample(run, len(rows), {"prompts": [test["prompts"][i] for i in rows]}, seed,
+                   batch_size=25, **settings)
+    seconds = time.perf_counter() - start
+    key = (run.record["sampling"] | settings).get("key", songs.KEY)
+    scores = [songs.from_text(text) for text in drawn["thoughts"]]
+    clips = cut(drawn)
+    result = {"samples": len(rows), "seconds_per_sound": seconds / len(rows)}
+    for suffix, sounds, sung, roots in (
+            ("", clips, scores, [key] * len(clips)),
+            ("_real", [test["waveforms"][i] for i in rows],
+             [songs.from_text(str(test["scores"][i])) for i in rows], test["root"][rows])):
+        words = [[songs.WORDS.index(word) for half in score.notes for word, *_ in half]
+                 for score in sung]
+        cents = np.concatenate([off_pitch(*each) for each in zip(sounds, sung, roots, strict=True)])
+        result |= {f"words_right{suffix}": score_of(words, listen(listener, sounds)[0]),
+                   f"cents{suffix}": float(np.median(cents)),
+                   f"within_50_cents{suffix}": (cents < 50).mean().item()}
+    melodies = [[note[1:] for half in score.notes for note in half] for score in scores]
+    known = [[note[1:] for half in songs.from_text(str(text)).notes for note in half]
+             for text in dataset.train["scores"]]
+    tones = [tone % 12 in songs.MOODS[score.mood] for score, melody
+             in zip(scores, melodies, strict=True) for tone, _ in melody]
+    fits = [word in songs.THEMES[score.theme] for score in scores
+            for half in score.notes for word, *_ in half]
+    result |= {"in_key": np.mean(tones).item(), "words_of_the_theme": np.mean(fits).item(),
+               "melodies_of_the_training": np.mean([m in known for m in melodies]).item()}
+    write_samples(drawn, run, run.folder / "samples")
     return result | run.record["sampling"] | settings
