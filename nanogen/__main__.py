@@ -214,8 +214,10 @@ def sample_command(options) -> None:
 
 def evaluate_command(options) -> None:
     settings = {name: vars(options)[name] for name in options.settings if name in vars(options)}
-    dataset = options.run.dataset(options.data)
-    metrics = lab("evaluate").evaluate(options.run, options.n, dataset, options.seed, **settings)
+    run = options.run
+    another = options.data and run.model.kind == "tokenizer" and lab("runs").kind_of(options.data)
+    dataset = lab("runs").load(options.data) if another else run.dataset(options.data)
+    metrics = lab("evaluate").evaluate(run, options.n, dataset, options.seed, **settings)
     for name, value in lab("report").flat(metrics).items():
         print(f"{name:40} {lab('evaluate').show(value)}")
 
@@ -284,7 +286,7 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
                ("--out", "a .png, or a .wav, .flac or .ogg", dict(required=True))),
     "evaluate": (evaluate_command, "metrics on held-out data: evaluate RUN",
                  ("--n", "samples or test examples (1000; 200 to 300 where slow)", dict(type=int)),
-                 ("--data", "where its folder of files is now, if it was moved", {}),
+                 ("--data", "its folder, if it was moved; for a codec, other sounds", {}),
                  ("--seed", "of everything drawn (1)", dict(type=int, default=1))),
     "dub": (dub_command, "what a clip says, in another language, by the same voice",
             ("run", "the folder of a run of speech", {}), ("file", "a sound: digits", {}),

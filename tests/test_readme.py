@@ -11,8 +11,9 @@ from PIL import Image
 
 from nanogen.__main__ import main
 from nanogen.data import datasets
-from nanogen.lab import tour
-from nanogen.lab.runs import train_run
+from nanogen.lab import dubbing, tour
+from nanogen.lab.evaluate import evaluate
+from nanogen.lab.runs import load_run, train_run
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 BLOCKS = {language: "\n".join(re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL))
@@ -44,16 +45,20 @@ def workplace(tmp_path_factory):
     runs = {"perceptual-cifar10": ("judge", dict(widths=(16, 16, 16))),
             "judge-cifar10": ("judge", dict(widths=(16, 16, 16))),
             "tokenizer-cifar10": ("tokenizer", dict(widths=(16, 16), blocks=1)),
-            "codec-fsdd": ("codec", dict(widths=(4, 4, 4), crop=1024))}
+            "codec-fsdd": ("codec", dict(widths=(4, 4, 4), crop=1024)),
+            "codec-all": ("codec", dict(widths=(4, 4, 4), crop=1024)),
+            "listener-recordings": ("listener", dict(width=16, depth=1)),
+            "listener-songs": ("listener", dict(width=16, depth=1))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGEN_DATA", str(folder))
-        for name, (method, fields) in runs.items():
-            fields = fields | dict(steps=2, batch_size=16, compile=False)
-            train_run(method, name.split("-")[1], fields, folder / "runs" / name, quiet=True)
-        for name in ("prompts", "clips", "subject"):  # a few of each, kept as if they were all
+        few = ("prompts", "clips", "subject", "utterances", "songs")
+        for name in few:  # a few of each, kept as if they were all
             make, _, *rest = datasets.MADE[name]
             patch.setitem(datasets.MADE, name, (make, 20, *rest))
             datasets.load(name)
+        for name, (method, fields) in runs.items():
+            fields = fields | dict(steps=2, batch_size=16, compile=False)
+            train_run(method, name.split("-")[1], fields, folder / "runs" / name, quiet=True)
     return folder
 
 
@@ -72,16 +77,36 @@ def test_every_command_runs_in_the_order_of_the_page(workplace, monkeypatch, cap
         if words[0] == "train":
             words = [word for word in words if word != "--minutes" and not word.isdigit()]
             words += TINY.get(words[1], "--width 32 --depth 1 --heads 2").split() + QUICK
-        if "--prompt" in words:
+        if words[0] == "dub":  # an untrained listener may hear nothing
+            monkeypatch.setattr(dubbing, "listen", lambda *_: ([[3, 1]], None))
+        if {"--prompt", "--melody"} & set(words):
             words += ["--n", "2", "--steps", "2"]
         if words[0] == "evaluate":
             words += ["--n", "20", "--steps", "2"]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
-    written = ("images/grid.png", "report.html", "sounds/000.wav", "three.wav")
+    written = ("images/grid.png", "report.html", "sounds/000.wav", "three.wav", "dubbed.wav",
+               "said/000.wav", "sung/000.wav")
     assert all((workplace / name).exists() for name in written)
     found: dict = {}
     exec(f"import nanogen\n{BLOCKS['python']}", found)
     assert found["images"].shape == (16, 32, 32, 3) and found["images"].dtype == np.uint8
+
+
+def test_speech_and_songs_are_measured(workplace, monkeypatch):
+    monkeypatch.setenv("NANOGEN_DATA", str(workplace))
+    small = dict(width=32, depth=1, heads=2, steps=2, batch_size=8, compile=False)
+    for method, data, more in (("speech", "recordings", {"duration_width": 16}),
+                               ("song", "songs", {"chain_width": 16})):
+        folder = workplace / "runs" / f"{method}-{data}"
+        run = train_run(method, data, small | more, folder, resume=True, quiet=True)
+        found = evaluate(run, n=2, quiet=True, steps=2)
+        names = {"speech": ("words_right", "voice_error_real", "at 1.4 times the length"),
+                 "song": ("words_right", "cents_real", "in_key", "within_50_cents")}[method]
+        assert all(name in found for name in names) and 0 <= found["words_right"] <= 1
+        assert found["words_right_real"] >= 0 and "judge" in found
+        assert (folder / "samples" / "000.wav").exists()
+    own = evaluate(load_run(workplace / "runs" / "listener-recordings"), quiet=True)
+    assert 0 <= own["words_right"] <= 1 and 0 <= own["voice_error"] <= 1
 
 
 def test_the_tables_are_the_ones_that_list_prints():

@@ -118,6 +118,9 @@ def test_frames_that_do_not_exist_change_nothing():
     before, after = (model.velocity(z, torch.tensor([0.3, 0.6]), seen, known) for z in (x, other))
     there = seen >= 0
     assert torch.allclose(before[there], after[there], atol=1e-5)
+    other = torch.where(known.isnan(), x, x + 1)  # known frames have no noise
+    after = model.velocity(other, torch.tensor([0.3, 0.6]), seen, known)
+    assert torch.equal(before[there], after[there])
     known[0, 5] += 1
     changed = model.velocity(x, torch.tensor([0.3, 0.6]), seen, known) - before
     assert changed[0, 9:16].abs().max() > 1e-5 and changed[1][there[1]].abs().max() < 1e-6

@@ -15,9 +15,9 @@ never drawn, so a half bar always has four half beats. That notes are in the key
     python -m nanogen sample runs/song-songs --prompt "a slow song" --lyric "sun moon day night"
     python -m nanogen sample runs/song-songs --melody "0:2 2:2 4:4 7:1 5:1 4:2 0:4" --key 53
 
-Sources: Agostinelli et al. 2023, "MusicLM", and Yuan et al. 2025, "YuE" (symbols or tokens first,
-then sound); Le et al. 2023, "Voicebox" (flow matching with a phoneme for each frame); Liu et al.
-2022, "DiffSinger" (a network that sings a given score). Different here: the score is explicit.
+Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
+"Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
+lyrics). Different here: the score is composed first, as symbols that can be read and typed.
 """
 
 from dataclasses import dataclass

@@ -99,7 +99,8 @@ class Speech(Method):
     def velocity(self, x_t: Tensor, t: Tensor, phonemes: Tensor, known: Tensor) -> Tensor:
         """x_t: (B, F, dim), t: (B,), phonemes: int64 (B, F), -1 where there is no frame, known:
         like x_t, NaN where to draw -> (B, F, dim)."""
-        x = torch.cat([x_t, known.nan_to_num(), (~known[..., :1].isnan()).to(x_t)], dim=-1)
+        is_known = ~known[..., :1].isnan()  # these frames have no noise
+        x = torch.cat([x_t * ~is_known, known.nan_to_num(), is_known.to(x_t)], dim=-1)
         return self.field(x, t, self.phonemes(phonemes.clamp(min=0)), phonemes >= 0)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -143,11 +144,8 @@ class Speech(Method):
         symbols = pad_sequence(spelled, True, padding_value=-1).to(voices.device)
         counts = self.durations.frames(symbols, languages, seconds * self.codec.frame_rate, tempo)
 
-        clips = [voice[: int(voice.nonzero().max()) + 1] if voice.any() else voice[:0]
-                 for voice in voices]  # without the padding
-        pause = voices.new_zeros(PAUSE * self.codec.hop)
-        prompts = [self.latents(self.codec.latents(torch.cat([clip, pause])[None]).float())[0]
-                   if len(clip) else voices.new_zeros(0, self.codec.config.dim) for clip in clips]
+        prompts = [self.encode_voice(voice, self.config.window - int(row.sum()))
+                   for voice, row in zip(voices, counts, strict=True)]
         total = [len(prompt) + int(row.sum()) for prompt, row in zip(prompts, counts, strict=True)]
         known = voices.new_full((len(voices), max(total), self.codec.config.dim), torch.nan)
         seen = torch.full(known.shape[:2], -1, device=voices.device)
@@ -177,6 +175,16 @@ class Speech(Method):
         parts = [row[start : start + length] for row, start, length
                  in zip(waveforms, begin.tolist(), lengths.tolist(), strict=True)]
         return {"waveforms": pad_sequence(parts, batch_first=True), "lengths": lengths}
+
+    def encode_voice(self, voice: Tensor, most: int) -> Tensor:
+        """A clip (T,), padded with zeros -> latents (F, dim) of its end and a pause; at most `most`
+        frames, as training had no longer recordings, but no less than half a second."""
+        hop, end = self.codec.hop, int(voice.nonzero().max()) + 1 if voice.any() else 0
+        if not end:
+            return voice.new_zeros(0, self.codec.config.dim)
+        clip = voice[max(0, end - max(32, most - PAUSE) * hop) : end]
+        clip = torch.cat([clip, clip.new_zeros(PAUSE * hop)])
+        return self.latents(self.codec.latents(clip[None]).float())[0]
 
 
 def pace_of(symbols: Tensor, frames: Tensor) -> Tensor:

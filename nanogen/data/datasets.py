@@ -388,7 +388,7 @@ MADE = {  # name -> how it is made, how many to learn from, by which modules, wh
     "voices": (recorded(voices.make, 200), 8_000, (voices, phonemes),
                "Speaking 8,800 digits: a minute, once."),
     "utterances": (recorded(utterances.make, 400), 6_000, (utterances, voices, phonemes),
-                   "Speaking 6,600 rows of digits: four minutes, once."),
+                   "Speaking 6,600 rows of digits: a minute and a half, once."),
     "songs": (recorded(songs.make, 100), 2_000, (songs, voices, phonemes),
-              "Singing 2,200 songs: four minutes, once."),
+              "Singing 2,200 songs: two minutes, once."),
 }

@@ -47,6 +47,9 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     total = len(dataset.test[dataset.main])
     if total < 2 and "prompts" not in model.conditions:
         raise UserError(f"{dataset.name} has {total} test examples, not 2: add files.")
+    if dataset.origin == "all":
+        raise UserError("The data set all has no judge: evaluate with --data fsdd, recordings or "
+                        "songs.")
     beside = Path(os.path.normpath(run.folder / ".."))
     expert = run if model.kind == "judge" else None
     if "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):

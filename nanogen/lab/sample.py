@@ -223,8 +223,8 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
         chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
         clips = [drawn["waveforms"][i, : drawn["lengths"][i]] for i in chosen]
         titles = [", ".join(run.names[name][drawn[name][i]] if name in run.names
-                            else str(drawn[name][i]) for name in run.model.conditions)
-                  for i in chosen]
+                            else str(drawn[name][i]) for name in run.model.conditions
+                            if name in drawn and drawn[name][i] != "") for i in chosen]
         numbers = [f"{i:03}" for i in chosen]
         return write_sounds(clips, numbers, titles, out, 10 if total >= 10 else total)
     images = drawn["images"] if "images" in drawn else drawn["videos"][:, 0]

@@ -163,7 +163,13 @@ PROMPT_METRICS = {"looks / things": "kind and color", "relation / relation": "re
                   "sign / sign": "sign", "sum / sign": "sum", "many / count": "number",
                   "edits / all": "edit", "thing": "thing in clip", "direction": "direction",
                   "subject": "subject", "others": "other things", "count_accuracy": "count"}
-TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_METRICS}
+SPEECH_METRICS = {"words_right": "words right", "words_right_real": "words right of recordings",
+                  "voice_error": "voice error", "voice_error_real": "voice error of recordings",
+                  "at 0.7 times the length / words_right": "0.7 times as long",
+                  "at 1.4 times the length / words_right": "1.4 times as long",
+                  "cents": "cents off", "within_50_cents": "notes right"}
+TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_METRICS,
+          "speech": SPEECH_METRICS}
 
 
 def list_methods() -> str:
@@ -171,13 +177,14 @@ def list_methods() -> str:
     lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
     data = ("Data: cifar10, scenes (drawn by code), prompts (texts and drawings), clips (drawn), "
             "subject (five drawings), fsdd (spoken digits), voices (spoken by code), "
+            "recordings (digits in phrases), songs, "
             "or a folder with images or sounds, one sub-folder for each class.")
     return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True)])
 
 
 def recipe_tables(here: bool = False) -> list[str]:
-    """The measured recipes for images, sounds and prompts, as in README.md; here: all recipes, with
-    the minutes that their trainings take on this machine, by its speed in matrix products."""
+    """The measured recipes, as in README.md; here: all recipes, with the minutes that they take on
+    this machine, by its speed in matrix products."""
     return [table(recipe_rows(kind, here)) for kind in TABLES]
 
 
@@ -208,8 +215,8 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
 
 def table_of(method: str, data: str) -> str:
     """Which of TABLES has the recipes of this method on this data."""
-    prompted = method == "reader" or "prompts" in find(method).Model.conditions
-    return "prompts" if prompted else kind_of(data)
+    prompted = method in ("reader", "listener") or "prompts" in find(method).Model.conditions
+    return ("speech" if kind_of(data) == "sounds" else "prompts") if prompted else kind_of(data)
 
 
 def short(minutes: float | None) -> str:
