@@ -26,7 +26,7 @@ def tiny_song(asleep=False):
 
 
 def draw(model, prompt="a sad slow song about night", lyrics="", melody="", **settings):
-    conditions = {"prompts": prompt, "lyrics": lyrics, "melodies": melody}
+    conditions = {"prompts": prompt, "lyrics": lyrics, "tunes": melody}
     conditions = {name: encode_text([text]) for name, text in conditions.items()}
     drawn = model.sample(conditions, **dict(steps=2) | settings)
     return songs.from_text(drawn["thoughts"][0]), drawn
@@ -39,26 +39,27 @@ def test_a_song_keeps_its_key_its_metre_and_ends_on_the_root():
     rng = np.random.default_rng(0)
     for _ in range(50):
         score = songs.compose(rng)
-        assert all(sum(length for *_, length in half) == 4 for half in score.notes)
-        tones = [tone for half in score.notes for _, tone, _ in half]
+        assert all(sum(length for *_, length in bar) == 4 for bar in score.bars)
+        tones = [tone for _, tone, _ in score.notes]
         assert {tone % 12 for tone in tones} <= set(songs.MOODS[score.mood])
         assert tones[-1] % 12 == 0
-        words = [word for half in score.notes for word, *_ in half]
+        words = [word for word, *_ in score.notes]
         assert set(words) <= set(songs.THEMES[score.theme])
-        for chord, half in zip(score.chords, score.notes, strict=True):
+        for chord, bar in zip(score.chords, score.bars, strict=True):
             notes = {note % 12 for note in songs.chord_notes(chord, score.mood, 60)}
-            assert half is score.notes[-1] or half[0][1] % 12 in notes
+            assert bar is score.bars[-1] or bar[0][1] % 12 in notes
 
 
 def test_the_frames_of_a_song_say_what_sounds():
-    score = songs.compose(np.random.default_rng(1), "sea", "happy", "fast")
+    score = songs.compose(np.random.default_rng(1))
     clip, frames = songs.perform(score, 52, Speaker()), songs.to_frames(score, 52)
     assert abs(len(frames) - len(clip) / HOP) <= 1
-    _, tones, lowest = frames.T
-    first = score.notes[0][0]
-    held = round(first[2] * score.half_beat * RATE / HOP)
+    _, tones, roots, keys = frames.T
+    first = score.notes[0]
+    held = round(first[2] * score.eighth * RATE / HOP)
     assert (tones[: held - 1] == 52 + first[1]).all()
-    assert set(lowest) == {songs.chord_notes(chord, "happy", 52)[0] for chord in score.chords}
+    assert set(roots) == {songs.chord_notes(chord, score.mood, 52)[0] for chord in score.chords}
+    assert set(keys) == {104 + (score.mood == "sad")}
     sung = [SYMBOLS[number] for number in frames[: held - 1, 0]]
     assert list(dict.fromkeys(sung)) == songs.SYLLABLES[first[0]].split()
 
@@ -81,16 +82,24 @@ def test_whatever_the_chain_draws_is_a_score_in_metre(temperature):
     for seed in range(5):
         score, drawn = draw(tiny_song(), temperature=temperature, seed=seed)
         assert (score.theme, score.mood, score.tempo) == ("night", "sad", "slow")
-        assert [sum(length for *_, length in half) for half in score.notes] == [4] * 4
-        seconds = 16 * score.half_beat
+        assert [sum(length for *_, length in bar) for bar in score.bars] == [4] * 4
+        seconds = 16 * score.eighth
         assert abs(drawn["lengths"][0] / RATE - seconds) <= 0.016
 
 
 def test_typed_words_and_notes_are_kept():
     score, _ = draw(tiny_song(), lyrics="sun moon", melody=MELODY)
-    notes = [note for half in score.notes for note in half]
-    assert [f"{tone}:{length}" for _, tone, length in notes] == MELODY.split()
-    assert [word for word, *_ in notes] == ["sun", "moon"] * 3 + ["sun"]
+    assert [f"{tone}:{length}" for _, tone, length in score.notes] == MELODY.split()
+    assert [word for word, *_ in score.notes] == ["sun", "moon"] * 3 + ["sun"]
+
+
+def test_the_chord_of_a_bar_has_the_tone_that_was_typed_first():
+    for seed in range(4):
+        score, _ = draw(tiny_song(), prompt="a happy song", melody=MELODY, seed=seed)
+        for chord, bar in zip(score.chords, score.bars, strict=True):
+            assert bar[0][1] % 12 in {note % 12 for note in songs.chord_notes(chord, "happy", 0)}
+    score, _ = draw(tiny_song(), prompt="a happy song", melody="1:4 1:4 1:4 1:4")
+    assert [tone for _, tone, _ in score.notes] == [1] * 4  # outside the scale: any chord
 
 
 def test_what_a_prompt_does_not_say_is_drawn():
@@ -100,7 +109,8 @@ def test_what_a_prompt_does_not_say_is_drawn():
 
 @pytest.mark.parametrize("settings, message", [
     (dict(prompt="a song about cars"), "'cars'"), (dict(lyrics="hello"), "'hello'"),
-    (dict(melody="0:2"), "four|4 half"), (dict(melody="0:3 2:3 4:2 5:4 0:4"), "crosses"),
+    (dict(prompt="a sad happy song"), "choose one"), (dict(melody="0:2"), "4 bars"),
+    (dict(melody="0:3 2:3 4:2 5:4 0:4"), "crosses"),
     (dict(melody="0-2"), "semitones"), (dict(melody="40:4 0:4 0:4 0:4"), "0 to 16"),
     (dict(key=20), "key must be")])
 def test_what_cannot_be_sung_is_named(settings, message):
@@ -119,9 +129,9 @@ def test_the_chain_never_sees_the_future():
 
 def test_each_part_of_the_score_changes_the_velocity():
     model, x = tiny_song(), torch.randn(1, 10, 8)
-    frames = torch.tensor([5, 60, 48]).expand(1, 10, 3)
+    frames = torch.tensor([5, 60, 48, 100]).expand(1, 10, 4)
     before = model.velocity(x, torch.tensor([0.5]), frames)
-    for part in range(3):
+    for part in range(4):
         other = frames.clone()
         other[0, 4, part] += 1
         assert (model.velocity(x, torch.tensor([0.5]), other) - before).abs().max() > 1e-5

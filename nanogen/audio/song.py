@@ -2,24 +2,25 @@
 
     prompt           "a sad slow song about night"
     chain            chord, then word, tone, length of each note, ...           composes
-    frames           which phoneme, note and chord belong to each 16 ms
-    flow matching    from noise to the codec's latents, all frames at once      sings
+    frames           which phoneme, note, chord and key belong to each 16 ms
+    flow matching    from noise (t=0) to the codec's latents (t=1), all at once  sings
 
 A Transformer chains what can be written down, words and notes, symbol by symbol: about 30 steps. A
-second one draws the sound for them. Words and melody may be typed instead; the chain then
+second one draws the sound for them. Words and tune may be typed instead; the chain then
 composes what is missing. The grammar of a score is not learned: symbols that cannot come next are
-never drawn, so a half bar always has four half beats. That notes are in the key is learned.
+never drawn, so a bar always has four eighths. That notes are in the key is learned.
 
     python -m nanogen train song --data songs
     python -m nanogen sample runs/song-songs --prompt "a happy fast song about the sea"
     python -m nanogen sample runs/song-songs --prompt "a slow song" --lyric "sun moon day night"
-    python -m nanogen sample runs/song-songs --melody "0:2 2:2 4:4 7:1 5:1 4:2 0:4" --key 53
+    python -m nanogen sample runs/song-songs --tune "0:2 2:2 4:4 7:1 5:1 4:2 0:4" --key 53
 
 Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
 "Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
-lyrics). Different here: the score is composed first, as symbols that can be read and typed.
+lyrics). Different here: the score is composed first, as symbols that can be read.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import partial
 
@@ -37,7 +38,7 @@ from nanogen.blocks.text import to_texts
 from nanogen.data import songs, utterances
 from nanogen.method import Method, Requirement, check, check_numbers
 
-SIZES = len(utterances.SYMBOLS), 128, 128  # how many phonemes, notes and chords there are
+SIZES = len(utterances.SYMBOLS), 128, 128, 256  # numbers of phonemes, notes, chords and keys
 
 
 @dataclass
@@ -45,7 +46,7 @@ class Config:
     width: int = 256  # features of a frame
     depth: int = 6  # blocks
     heads: int = 4  # attention heads of both Transformers
-    window: int = 192  # frames of 16 ms that one training step sees of a song
+    window: int = 384  # frames of 16 ms that one training step sees of a song: all of them
     score_dropout: float = 0.1  # fraction of songs trained without a score, for guidance
     chain_width: int = 128  # features of a symbol of the score
     chain_depth: int = 3  # blocks of the chain
@@ -64,7 +65,7 @@ class Chain(nn.Module):
     def __init__(self, width: int, depth: int, heads: int, dropout: float):
         super().__init__()
         self.embedding, self.head_dim = nn.Embedding(len(songs.VOCABULARY), width), width // heads
-        self.always = nn.Parameter(torch.zeros(width))
+        self.always = nn.Parameter(torch.zeros(width))  # no condition: only biases learn
         self.transformer = transformer.Transformer(width, depth, heads, dropout=dropout)
         self.out = transformer.zeroed(nn.Linear(width, len(songs.VOCABULARY)), adamw=True)
 
@@ -84,22 +85,27 @@ class Chain(nn.Module):
     @torch.no_grad()
     def compose(self, begun: list[int], words: list[str], notes: list[tuple[int, int]],
                 temperature: float, rng: torch.Generator) -> songs.Song:
-        """A song from theme, mood and tempo. words: those of the notes, in turn; notes: their tones
-        and lengths; both drawn where the list is empty."""
-        chain, count, device = list(begun), 0, self.always.device
+        """A song that begins with these symbols: theme, mood, tempo. words: sung in turn, repeated
+        if too few; notes: tone and length of each. An empty list: the chain draws them. A bar's
+        chord is drawn before its notes, but from those that contain its first tone, if typed."""
+        chain, mood, tones = list(begun), songs.VOCABULARY[begun[1]], [tone for tone, _ in notes]
+        typed = {"chord": iter(()), "word": itertools.cycle(words), "tone": iter(tones),
+                 "length": (length for _, length in notes)}
+        count = 0  # notes so far
         while (allowed := songs.possible(chain)).any():
             kind = songs.VOCABULARY[int(allowed.argmax())].split()[0]
-            typed = {"word": words and words[count % len(words)],
-                     "tone": notes and notes[count][0], "length": notes and notes[count][1]}
-            symbol = f"{kind} {typed[kind]}" if typed.get(kind, []) != [] else None
-            if symbol is None:
-                logits = self(torch.tensor([chain], device=device))[0, -1].double()
-                logits[~torch.from_numpy(allowed).to(device)] = -torch.inf
-                p = (logits / temperature).softmax(0) if temperature else (
-                    logits == logits.max()).double()
-                chain.append(int(torch.multinomial(p, 1, generator=rng)))
+            if kind == "chord" and notes:
+                allowed &= [tones[count] % 12 in {note % 12 for note in songs.chord_notes(
+                    int(name[-1]), mood, 0)} if name.startswith("chord") else False
+                    for name in songs.VOCABULARY]
+                allowed |= songs.possible(chain) & ~allowed.any()  # a tone outside the scale
+            if (value := next(typed[kind], None)) is not None:
+                chain.append(songs.VOCABULARY.index(f"{kind} {value}"))
             else:
-                chain.append(songs.VOCABULARY.index(symbol))
+                logits = self(torch.tensor([chain], device=self.always.device))[0, -1].cpu()
+                logits[~torch.from_numpy(allowed)] = -torch.inf
+                p = (logits / max(temperature, 1e-3)).softmax(0)
+                chain.append(int(torch.multinomial(p, 1, generator=rng)))
             count += kind == "length"
         return songs.from_symbols(chain)
 
@@ -108,7 +114,7 @@ class Song(Method):
     """A chain that composes, and a velocity field for latents (B, F, dim) on a frozen codec."""
 
     data, output, encodes = "sounds", "waveforms", True
-    conditions = {"prompts": "text", "lyrics": "optional text", "melodies": "optional text"}
+    conditions = {"prompts": "text", "lyrics": "optional text", "tunes": "optional text"}
     columns = ("symbols", "frames")
     times = staticmethod(partial(fm.logit_normal_times, mean=-0.5, std=1.2))
 
@@ -127,7 +133,7 @@ class Song(Method):
         return Requirement("codec", {}, data="all")
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Songs -> "latents" float32 (N, F, dim), "frames" int64 (N, F, 3), -1 after the end, and
+        """Songs -> "latents" float32 (N, F, dim), "frames" int64 (N, F, 4), -1 after the end, and
         "symbols" int64 (N, S)."""
         latents = self.codec.latents(batch["waveforms"]).float()
         latents = F.pad(latents, (0, 0, 0, batch["frames"].shape[1] - latents.shape[1]))
@@ -137,8 +143,8 @@ class Song(Method):
         self.latents.measure(data["latents"][data["frames"][..., 0] >= 0])
 
     def velocity(self, x_t: Tensor, t: Tensor, frames: Tensor) -> Tensor:
-        """x_t: (B, F, dim), t: (B,), frames: int64 (B, F, 3): phoneme, note, chord, -1 where there
-        is no frame, the size of each where it is hidden -> (B, F, dim)."""
+        """x_t: (B, F, dim), t: (B,), frames: int64 (B, F, 4), see `songs.to_frames`, -1 where there
+        is no frame, SIZES where it is hidden -> (B, F, dim)."""
         meaning = sum(embedding(part.clamp(min=0)) for embedding, part
                       in zip(self.meaning, frames.unbind(-1), strict=True))
         return self.field(x_t, t, meaning, frames[..., 0] >= 0)
@@ -155,7 +161,7 @@ class Song(Method):
         frames = frames.take_along_dim(index[..., None], dim=1)
         there = frames[..., 0] >= 0
         hidden = torch.rand(count, 1, 1, device=device) < config.score_dropout
-        seen = torch.where(hidden & there[..., None], hide(frames), frames)
+        seen = torch.where(hidden, hide(frames), frames)
         noise, t = torch.randn_like(x1), self.times(count, device)
         x_t = torch.lerp(noise, x1, fm.expand(t, x1))
         error = (self.velocity(x_t, t, seen) - (x1 - noise)).square().mean(-1)
@@ -166,32 +172,32 @@ class Song(Method):
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 16, method: str = "euler",
                guidance: float = 2.0, temperature: float = 1.0, key: int = songs.KEY,
                seed: int = 0) -> dict:
-        """Takes "prompts" (B, L), texts with a theme, a mood and a tempo, drawn if not there;
-        "lyrics" (B, L), words of one syllable; "melodies" (B, L), "0:2 4:2": semitones above the
-        key's root and half beats -> "waveforms" (B, T), "lengths", and "thoughts", the scores.
-        temperature: of the chain. key: MIDI number of the root. steps and method: of the solver."""
+        """Takes "prompts" (B, L), texts; a theme, mood or tempo that they do not name is drawn;
+        "lyrics" (B, L), words of one syllable, repeated or cut to the number of notes; "tunes"
+        (B, L), such as "0:2 4:2", semitones above the key's root and eighths -> "waveforms" (B, T),
+        "lengths", and "thoughts", the scores as text. temperature: of the chain; key: MIDI number
+        of the root; steps, method: of the solver."""
         device = conditions["prompts"].device
         if key not in songs.KEYS:
             raise ValueError(f"key must be from {songs.KEYS[0]} to {songs.KEYS[-1]}, got {key}")
-        rng, drawn = torch.Generator(device).manual_seed(seed), np.random.default_rng(seed)
+        rng, numpy_rng = torch.Generator().manual_seed(seed), np.random.default_rng(seed)
         texts = zip(*(to_texts(conditions[name]) for name in self.conditions), strict=True)
-        scores = [self.chain.compose(songs.read_prompt(prompt, drawn), songs.read_lyrics(lyrics),
-                                     songs.read_melody(melody), temperature, rng)
-                  for prompt, lyrics, melody in texts]
+        scores = [self.chain.compose(
+            songs.read_prompt(prompt, numpy_rng), songs.read_lyrics(lyrics), songs.read_tune(tune),
+            temperature, rng) for prompt, lyrics, tune in texts]
         frames = [torch.from_numpy(songs.to_frames(score, key)) for score in scores]
         lengths = torch.tensor(list(map(len, frames))) * self.codec.hop
         frames = pad_sequence(frames, batch_first=True, padding_value=-1).to(device)
-        nothing = torch.where(frames >= 0, hide(frames), frames)
-        x0 = torch.randn(*frames.shape[:2], self.codec.config.dim, generator=rng, device=device)
-        z = fm.solve(fm.guide(self.velocity, frames, nothing, guidance), x0, steps, method)
+        x0 = torch.randn(*frames.shape[:2], self.codec.config.dim, generator=rng).to(device)
+        z = fm.solve(fm.guide(self.velocity, frames, hide(frames), guidance), x0, steps, method)
         waveforms = self.codec.decode_latents(self.latents.inverse(z))
         return {"waveforms": waveforms, "lengths": lengths,
                 "thoughts": [songs.to_text(score) for score in scores]}
 
 
 def hide(frames: Tensor) -> Tensor:
-    """The same shape, with the symbol of each column that stands for "hidden"."""
-    return torch.tensor(SIZES, device=frames.device).expand_as(frames)
+    """The same, with "hidden" in every column of each frame that is there."""
+    return torch.where(frames >= 0, torch.tensor(SIZES, device=frames.device), frames)
 
 
 Model = Song

@@ -1,4 +1,5 @@
-"""A velocity field for sounds as vectors, one a frame: a Transformer that knows what each frame is.
+"""A velocity field for sequences of frames: a Transformer that is told what each frame should be.
+Time runs from t=0 (noise) to t=1 (data).
 
 Source: Le et al. 2023, "Voicebox" (flow matching over frames, with a phoneme for each). Different
 here: a convolution before the Transformer, since a phoneme's neighbours shape its sound.
@@ -23,8 +24,9 @@ class FrameField(nn.Module):
         self.out = zeroed(nn.Linear(width, outputs), adamw=True)
 
     def forward(self, x: Tensor, t: Tensor, meaning: Tensor, there: Tensor) -> Tensor:
-        """x: (B, F, inputs), t: (B,), meaning: (B, F, width), what each frame should be, there:
-        bool (B, F) -> (B, F, outputs). Frames that are not there change nothing."""
+        """x: (B, F, inputs); t: (B,); meaning: (B, F, width), an embedding of what each frame
+        should be; there: bool (B, F), False for padding, which changes no other frame -> (B, F,
+        outputs)."""
         h = (self.inp(x) + meaning) * there[..., None]
         h = h + self.near(h.transpose(1, 2)).transpose(1, 2)
         positions = torch.arange(x.shape[1], device=x.device)[:, None]

@@ -241,11 +241,12 @@ def load_downloaded(name: str, folders: list[Path]) -> Dataset:
 
 def load_all(folder: Path | None, count: int | None) -> Dataset:
     """ALL as one data set; labels and speakers say which one a sound is from."""
-    parts = [load(name, folder, most if count is None else max(1, count // len(ALL)))
-             for name, most in ALL.items()]
-    sides = []
-    for side in ("train", "test"):
+    sides, most = [], {name: count // len(ALL) + 1 if count else most for name, most in ALL.items()}
+    parts = [load(name, folder) for name in ALL]
+    for side, share in (("train", 1), ("test", 10)):
         clips = [getattr(part, side)["waveforms"] for part in parts]
+        clips = [some if most[part.name] is None else some[: max(1, most[part.name] // share)]
+                 for some, part in zip(clips, parts, strict=True)]
         source = np.repeat(np.arange(len(parts)), list(map(len, clips)))
         sides.append({"waveforms": sum(clips, []), "labels": source, "speakers": source})
     names = {"labels": list(ALL), "speakers": list(ALL)}
@@ -303,8 +304,8 @@ def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
 # ---- made by code
 
 def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
-    """One of MADE. Those of a count are made on the spot, all of them are kept."""
-    small = {"speakers": 20, "languages": ["english"]} if name == "voices" else {}  # for a tour
+    """One of MADE. With a count it is made on the spot; without, it is made once and kept."""
+    small = {"speakers": 20, "languages": ["english"]} if name == "voices" else {}  # easier
     arrays = MADE[name][0](count, max(2, count // 10), **small) if count \
         else made_once(name, folders)
     if KINDS[name] == "sounds":
@@ -353,7 +354,8 @@ def drawn(make, names: tuple[str, ...]):
 
 def recorded(make, speakers: int):
     """A function (train count, test count) -> arrays as `as_sounds` takes them. make: (count, seed,
-    speakers) -> columns. The test has a fifth as many speakers, and others."""
+    speakers) -> columns. The test has a fifth as many speakers, none of them in training. Labels
+    are stored as "digits", as in fsdd.npz."""
     def record(train_count: int, test_count: int, speakers: int = speakers, **settings) -> dict:
         train = make(train_count, 0, speakers, **settings)
         test = make(test_count, 1, speakers // 5, **settings)

@@ -95,8 +95,9 @@ def periodicity(waveform: np.ndarray) -> float:
 
 def pitch(waveform: np.ndarray, low: float = 90, high: float = 620) -> float:
     """The pitch of a note (T,) at 8,000 Hz in Hz, between `low` and `high`: the median over frames
-    of 64 ms. In each it is the shortest lag at which the autocorrelation has a peak of nine tenths
-    of the highest. NaN for less than 64 ms. A soft accompaniment does no harm."""
+    of 64 ms. A frame's period is the shortest lag at which the autocorrelation has a peak of at
+    least nine tenths of its maximum. NaN where there is none. A soft accompaniment does no harm."""
+    waveform = np.pad(waveform, (0, max(0, 512 - len(waveform))))
     window = np.hanning(512)
     least, most = int(SAMPLE_RATE / high), int(SAMPLE_RATE / low) + 2
     own = np.fft.irfft(np.abs(np.fft.rfft(window, 2048)) ** 2)[:most]
