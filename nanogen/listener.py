@@ -3,8 +3,8 @@
     spectrogram --convolutions--> a vector for each frame --> a word, or none        words
                                                           --> mean over the frames   voice
 
-Where a word begins and ends need not be told: the loss adds up the probabilities of all ways in
-which the words may lie over the frames (CTC). A voice is a direction. The network learns to tell
+The training data need not say where a word begins or ends: the loss sums the probabilities of all
+alignments of words and frames (CTC). A voice is a direction. The network learns to tell
 the training speakers apart, and a recording of an unseen speaker gets a direction, too: recordings
 with about the same one are of the same speaker.
 
@@ -34,9 +34,9 @@ class Config:
     width: int = 160  # channels
     depth: int = 7  # residual blocks
     voice_width: int = 64  # size of a voice's vector
-    words: int = 30  # number of different words
+    words: int = 30  # number of different words: ten digits in three languages
     speakers: int = 406  # number of voices to learn from
-    seconds: float = 4.0  # longer recordings are cut
+    seconds: float = 4.0  # longer recordings are cut when they are loaded
 
     def __post_init__(self):
         check_numbers(self, seconds=(self.seconds > 0, "more than 0"))
@@ -54,15 +54,15 @@ class Listener(Method):
         self.standardize = nn.BatchNorm1d(64, affine=False)  # measures mean and std of the bands
         self.inp = nn.Conv1d(64, width, 5, padding=2)
         self.blocks = nn.ModuleList(Block(width, 2 ** (i % 4)) for i in range(config.depth))
-        self.words = nn.Linear(width, config.words + 1)  # the last: no word begins here
-        self.voice = nn.Linear(width, config.voice_width + 1)  # and how much a frame says about it
+        self.words = nn.Linear(width, config.words + 1)  # the last: the blank of CTC, no word
+        self.voice = nn.Linear(width, config.voice_width + 1)  # the last: a frame's weight
         self.speakers = nn.Linear(config.voice_width, config.speakers, bias=False)
         for layer in (self.words, self.voice, self.speakers):
             layer.adamw = True
 
     def forward(self, waveforms: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
         """(B, T) and (B,) samples -> a vector for each frame, (B, T / 128 + 1, width), and bool (B,
-        T / 128 + 1), which frames are no padding. Padding changes nothing."""
+        T / 128 + 1), which frames are no padding. In eval mode, padding changes nothing."""
         x = self.standardize(log_mel(waveforms.float(), hop=HOP))
         there = torch.arange(x.shape[2], device=x.device) <= lengths[:, None] // HOP
         h = self.inp(x * there[:, None])
@@ -96,8 +96,9 @@ class Listener(Method):
 
     @torch.no_grad()
     def listen(self, waveforms: Tensor, lengths: Tensor) -> tuple[list[list[int]], Tensor]:
-        """Sounds (B, T) and their lengths (B,) -> the words of each, the likeliest one a frame
-        without repetitions, and the voices (B, voice_width)."""
+        """Sounds (B, T) and their lengths (B,) -> the words of each by greedy decoding (the
+        likeliest of each frame, without repetitions and blanks), and the voices (B, voice_width).
+        In eval mode."""
         features, there = self(waveforms, lengths)
         best = self.words(features).argmax(-1).masked_fill(~there, self.config.words)
         found = [[word for word, before in zip(row, [-1, *row], strict=False)
@@ -130,12 +131,12 @@ def edits(said: list, heard: list) -> int:
 
 
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
-    """Similarities of pairs of one voice and of pairs of two: the error at the threshold where as
-    many of the first are below it as of the second above it. 0: they are told apart always; 0.5: by
-    chance."""
+    """Similarities of pairs of one voice, and of pairs of two -> the error at the threshold where
+    the fraction of the first below it equals the fraction of the second above it. 0: always told
+    apart; 0.5: by chance."""
     thresholds = np.concatenate([same, different])
-    missed = np.array([(same < t).mean() for t in thresholds])
-    wrong = np.array([(different >= t).mean() for t in thresholds])
+    missed = np.searchsorted(np.sort(same), thresholds) / len(same)
+    wrong = 1 - np.searchsorted(np.sort(different), thresholds) / len(different)
     at = np.abs(missed - wrong).argmin()
     return float((missed[at] + wrong[at]) / 2)
 

@@ -11,7 +11,9 @@
 Each frame of the codec is a vector. A Transformer sees all frames: the noisy latents, the known
 ones, and the phoneme of each frame. The phonemes of the prompt are hidden from it, so a prompt
 needs no transcript. Explicit durations make the length of the result a condition: dubbing asks for
-the length of the original. Two guidances: against no text, and against no voice.
+the length of the original. Time runs from t=0 (noise) to t=1 (data). There are two guidances:
+
+    v = v(nothing) + voice_guidance (v(voice) - v(nothing)) + guidance (v(voice, text) - v(voice))
 
     python -m nanogen train speech --data recordings
     python -m nanogen sample runs/speech-recordings --prompt "three one four" --language german \\
@@ -40,7 +42,8 @@ from nanogen.data import utterances
 from nanogen.method import Method, Requirement, check, check_numbers
 
 SYMBOLS = len(utterances.SYMBOLS)  # 0: silence
-PAUSE = 8  # frames of silence between the prompt and what is said, as in the training recordings
+PAUSE = 8  # frames of silence after the voice prompt; 4 to 16 in the training recordings
+LEAST = 32  # frames of a voice prompt: half a second
 HIDDEN, NULL = SYMBOLS, SYMBOLS + 1  # a frame of the prompt; a frame without a text, for guidance
 
 
@@ -63,7 +66,8 @@ class Config:
 
 
 class Speech(Method):
-    """A velocity field for latents (B, F, dim), given phonemes and a voice, on a frozen codec."""
+    """A velocity field for latents (B, F, dim), given phonemes and a voice, on a frozen codec. NaN
+    marks a frame to draw, so that one tensor `known` holds both values and mask."""
 
     data, output, encodes = "sounds", "waveforms", True
     conditions = {"prompts": "text", "languages": "class", "voices": "optional sound"}
@@ -73,6 +77,8 @@ class Speech(Method):
     def __init__(self, config: Config, base: nn.Module):
         super().__init__()
         self.freeze(codec=base)
+        if base.hop != utterances.HOP:
+            raise ValueError(f"the codec must have a hop of {utterances.HOP}, got {base.hop}")
         self.config, width, dim = config, config.width, base.config.dim
         self.latents = Standardizer(dim)
         self.phonemes = nn.Embedding(SYMBOLS + 2, width)
@@ -94,7 +100,8 @@ class Speech(Method):
     def measure(self, data: dict[str, Tensor]) -> None:
         self.latents.measure(data["latents"][data["frames"] >= 0])
         symbols, frames = data["durations"].unbind(-1)
-        self.durations.pace.copy_(pace_of(symbols, frames.clamp(min=0).sum(1)).mean())
+        total = frames.clamp(min=0).sum(1)
+        self.durations.pace.copy_((total / typical_frames(symbols)).log().mean())
 
     def velocity(self, x_t: Tensor, t: Tensor, phonemes: Tensor, known: Tensor) -> Tensor:
         """x_t: (B, F, dim), t: (B,), phonemes: int64 (B, F), -1 where there is no frame, known:
@@ -104,11 +111,12 @@ class Speech(Method):
         return self.field(x, t, self.phonemes(phonemes.clamp(min=0)), phonemes >= 0)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """Flow matching of the second part of each recording; the first is the voice prompt. And
-        the squared error of the durations' logarithms."""
+        """Flow matching of the second part of each recording, given the first as voice prompt; plus
+        the mean squared error of the logarithms of the durations."""
         config, there = self.config, batch["frames"] >= 0
         count, device = len(there), there.device
-        index = there.sum(1, keepdim=True) - config.window  # the last frames of each recording
+        # The last frames of each recording; a negative index is before its beginning.
+        index = there.sum(1, keepdim=True) - config.window
         index = index + torch.arange(config.window, device=device)  # (B, window)
         x1 = self.latents(batch["latents"]).take_along_dim(index.clamp(min=0)[..., None], dim=1)
         phonemes = batch["frames"].take_along_dim(index.clamp(min=0), dim=1)
@@ -117,7 +125,7 @@ class Speech(Method):
         start = (torch.rand(count, 1, device=device) * begin).long()
         none = torch.rand(count, 1, device=device) < config.voice_dropout
         start = torch.where(none, begin, start)
-        prompt, drawn = (index >= start.clamp(min=0)) & (index < begin), index >= begin.clamp(min=0)
+        prompt, drawn = (index >= start) & (index < begin), index >= begin
         no_text = torch.rand(count, 1, device=device) < config.text_dropout
         seen = torch.where(no_text, NULL, phonemes)
         seen = torch.where(prompt, HIDDEN, torch.where(drawn, seen, -1))
@@ -134,9 +142,11 @@ class Speech(Method):
                guidance: float = 2.0, voice_guidance: float = 1.5, seconds: float = 0.0,
                tempo: float = 1.0, seed: int = 0) -> dict:
         """Takes "prompts" (B, L), digits or their words; "languages" (B,); "voices" (B, T), clips,
-        of which silence means any voice -> "waveforms" (B, T) and "lengths". guidance: on the text;
-        voice_guidance: on the voice. seconds: how long each is, 0: as is natural for its text,
-        divided by tempo. steps and method are those of the solver."""
+        of which silence means any voice -> "waveforms" (B, T) and "lengths". seconds: the length of
+        each sound; 0: as at the mean tempo of the training recordings, times `tempo`. The tempo of
+        the voice is not copied. guidance: on the text; steps, method: of the solver."""
+        if tempo <= 0:
+            raise ValueError(f"tempo must be more than 0, got {tempo}")
         voices, languages = conditions["voices"], conditions["languages"]
         texts = [utterances.digits_of(text) for text in to_texts(conditions["prompts"])]
         spelled = [torch.tensor(utterances.spell(text, utterances.LANGUAGES[language]))
@@ -144,19 +154,16 @@ class Speech(Method):
         symbols = pad_sequence(spelled, True, padding_value=-1).to(voices.device)
         counts = self.durations.frames(symbols, languages, seconds * self.codec.frame_rate, tempo)
 
-        prompts = [self.encode_voice(voice, self.config.window - int(row.sum()))
-                   for voice, row in zip(voices, counts, strict=True)]
-        total = [len(prompt) + int(row.sum()) for prompt, row in zip(prompts, counts, strict=True)]
+        clips = [self.encode_voice(voice, self.config.window - int(row.sum()))
+                 for voice, row in zip(voices, counts, strict=True)]
+        total = [len(clip) + int(row.sum()) for clip, row in zip(clips, counts, strict=True)]
         known = voices.new_full((len(voices), max(total), self.codec.config.dim), torch.nan)
         seen = torch.full(known.shape[:2], -1, device=voices.device)
-        for i, (prompt, row, end) in enumerate(zip(prompts, counts, total, strict=True)):
-            known[i, : len(prompt)], seen[i, : len(prompt)] = prompt, HIDDEN
-            seen[i, len(prompt) : end] = symbols[i].clamp(min=0).repeat_interleave(row)
-        is_known, drawn = ~known.isnan(), seen >= 0
-        drawn = drawn & ~is_known[..., 0]
-        no_text = torch.where(drawn, NULL, seen)
-        no_voice = torch.where(drawn, NULL, -1)
-        nothing = torch.full_like(known, torch.nan)
+        for i, (clip, row, end) in enumerate(zip(clips, counts, total, strict=True)):
+            known[i, : len(clip)], seen[i, : len(clip)] = clip, HIDDEN
+            seen[i, len(clip) : end] = symbols[i].clamp(min=0).repeat_interleave(row)
+        drawn, nothing = (seen >= 0) & (seen != HIDDEN), torch.full_like(known, torch.nan)
+        no_text, no_voice = torch.where(drawn, NULL, seen), torch.where(drawn, NULL, -1)
 
         def field(x: Tensor, t: Tensor) -> Tensor:
             v = self.velocity(torch.cat([x] * 3), torch.cat([t] * 3),
@@ -167,36 +174,34 @@ class Speech(Method):
 
         rng = torch.Generator(voices.device).manual_seed(seed)
         x0 = torch.randn(known.shape, generator=rng, device=rng.device)
-        z = fm.solve(field, x0, steps, method)
-        z = self.latents.inverse(torch.where(is_known, known, z))
-        waveforms = self.codec.decode_latents(z)
-        begin = torch.tensor([len(prompt) * self.codec.hop for prompt in prompts])
-        lengths = torch.tensor(total) * self.codec.hop - begin
-        parts = [row[start : start + length] for row, start, length
-                 in zip(waveforms, begin.tolist(), lengths.tolist(), strict=True)]
-        return {"waveforms": pad_sequence(parts, batch_first=True), "lengths": lengths}
+        z = torch.where(known.isnan(), fm.solve(field, x0, steps, method), known)
+        waveforms, hop = self.codec.decode_latents(self.latents.inverse(z)), self.codec.hop
+        parts = [row[len(clip) * hop : end * hop]
+                 for row, clip, end in zip(waveforms, clips, total, strict=True)]
+        return {"waveforms": pad_sequence(parts, batch_first=True),
+                "lengths": torch.tensor(list(map(len, parts)))}
 
     def encode_voice(self, voice: Tensor, most: int) -> Tensor:
         """A clip (T,), padded with zeros -> latents (F, dim) of its end and a pause; at most `most`
-        frames, as training had no longer recordings, but no less than half a second."""
-        hop, end = self.codec.hop, int(voice.nonzero().max()) + 1 if voice.any() else 0
-        if not end:
+        frames, as training had no longer recordings, but no less than LEAST."""
+        if not voice.any():
             return voice.new_zeros(0, self.codec.config.dim)
-        clip = voice[max(0, end - max(32, most - PAUSE) * hop) : end]
-        clip = torch.cat([clip, clip.new_zeros(PAUSE * hop)])
+        clip = torch.from_numpy(utterances.trimmed(voice.cpu().numpy())).to(voice)
+        clip = clip[-max(LEAST, most - PAUSE) * self.codec.hop :]
+        clip = torch.cat([clip, clip.new_zeros(PAUSE * self.codec.hop)])
         return self.latents(self.codec.latents(clip[None]).float())[0]
 
 
-def pace_of(symbols: Tensor, frames: Tensor) -> Tensor:
-    """How slowly phonemes (B, P), -1: none, are said that take so many frames (B,): the logarithm
-    of these, relative to those at ordinary tempo. (B,)."""
+def typical_frames(symbols: Tensor) -> Tensor:
+    """Frames (B,) that phonemes (B, P), -1: none, take at ordinary tempo."""
     typical = torch.tensor(utterances.TYPICAL, device=symbols.device)[symbols.clamp(min=0)]
-    return (frames / (typical * (symbols >= 0)).sum(1)).log()
+    return (typical * (symbols >= 0)).sum(1)
 
 
 class Durations(nn.Module):
-    """Phonemes, their language and the pace -> the logarithm of each one's number of frames. Slow
-    speech stretches vowels more than plosives."""
+    """Phonemes, their language and the slowness -> the logarithm of each one's number of frames.
+    The slowness is the logarithm of how many times longer than at ordinary tempo they are together.
+    Slow speech stretches vowels more than plosives."""
 
     def __init__(self, width: int, depth: int, heads: int):
         super().__init__()
@@ -205,42 +210,40 @@ class Durations(nn.Module):
         self.slow = nn.Linear(1, width)
         self.transformer = transformer.Transformer(width, depth, heads)
         self.out = transformer.zeroed(nn.Linear(width, 1), adamw=True)
-        self.register_buffer("pace", torch.zeros(()))  # the mean pace of the training recordings
+        self.register_buffer("pace", torch.zeros(()))  # the mean slowness in training
 
-    def forward(self, symbols: Tensor, language: Tensor, pace: Tensor) -> Tensor:
-        """symbols: int64 (B, P), -1: none, language, pace: (B,) -> (B, P)."""
+    def forward(self, symbols: Tensor, language: Tensor, slowness: Tensor) -> Tensor:
+        """symbols: int64 (B, P), -1: none, language, slowness: (B,) -> (B, P)."""
         there = symbols >= 0
         positions = torch.arange(symbols.shape[1], device=symbols.device)[:, None]
         h = self.transformer(self.phonemes(symbols.clamp(min=0)),
                              transformer.rotary_angles(positions, self.head_dim),
                              there[:, None, None],
-                             condition=self.language(language) + self.slow(pace[:, None]))
+                             condition=self.language(language) + self.slow(slowness[:, None]))
         return self.out(h)[..., 0].float() + 2.0  # about 7 frames before training
 
     def loss(self, durations: Tensor, language: Tensor) -> Tensor:
         """Mean squared error of the logarithms, of durations (B, P, 2): symbol and frames."""
         symbols, frames = durations.unbind(-1)
         there, frames = symbols >= 0, frames.clamp(min=1)
-        guess = self(symbols, language, pace_of(symbols, (frames * there).sum(1)))
-        return ((guess - frames.log()).square() * there).sum() / there.sum()
+        slowness = ((frames * there).sum(1) / typical_frames(symbols)).log()
+        error = (self(symbols, language, slowness) - frames.log()).square()
+        return (error * there).sum() / there.sum()
 
     def frames(self, symbols: Tensor, language: Tensor, total: float, tempo: float) -> Tensor:
-        """Numbers of frames (B, P), which add up to `total` each. 0: as is natural for the text."""
-        there = symbols >= 0
-        typical = torch.ones(len(symbols), device=symbols.device)
-        wanted = total * typical if total else (self.pace - pace_of(symbols, typical)).exp() / tempo
-        least = there.sum(1)
-        if (wanted.round() < least).any():
-            raise ValueError(f"{int(least.max())} phonemes need at least {int(least.max())} frames "
-                             "of 16 ms: give more seconds, or a lower tempo")
-        guess = self(symbols, language, pace_of(symbols, wanted)).exp() * there
-        ends = (guess.cumsum(1) * (wanted.round() / guess.sum(1))[:, None]).round().long()
-        ends[:, 0] = ends[:, 0].clamp(min=1)
-        for i in range(1, ends.shape[1]):  # at least a frame for each
-            ends[:, i] = torch.maximum(ends[:, i], ends[:, i - 1] + there[:, i])
-        ends[:, -1] = wanted.round()
-        for i in reversed(range(ends.shape[1] - 1)):
-            ends[:, i] = torch.minimum(ends[:, i], ends[:, i + 1] - there[:, i + 1].long())
+        """Numbers of frames (B, P), which add up to `total` each; 0: as is natural for the text."""
+        there, typical = symbols >= 0, typical_frames(symbols)
+        wanted = (self.pace.exp() * typical / tempo if total == 0 else 0 * typical + total).round()
+        if (wanted < there.sum(1)).any():
+            least = int(there.sum(1).max())
+            raise ValueError(f"{least} phonemes need at least {least} frames of 16 ms: give more "
+                             "seconds, or a lower tempo")
+        # Each phoneme has one frame; the others are shared out.
+        extra = self(symbols, language, (wanted / typical).log()).exp() - 1
+        extra = extra.clamp(min=1e-3) * there
+        share = extra.cumsum(1) / extra.sum(1, keepdim=True)
+        rest = wanted - there.sum(1)
+        ends = there.cumsum(1) + (share * rest[:, None]).round().long()
         return torch.diff(ends, dim=1, prepend=torch.zeros_like(ends[:, :1]))
 
 

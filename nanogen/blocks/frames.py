@@ -1,8 +1,8 @@
-"""A velocity field for sequences of frames: a Transformer that is told what each frame should be.
+"""A velocity field for the frames of a sound: a Transformer that is told what each frame should be.
 Time runs from t=0 (noise) to t=1 (data).
 
-Source: Le et al. 2023, "Voicebox" (flow matching over frames, with a phoneme for each). Different
-here: a convolution before the Transformer, since a phoneme's neighbours shape its sound.
+Source: Le et al. 2023, "Voicebox": flow matching over frames, with a phoneme for each, and a
+convolution before the Transformer. Different here: rotary positions, no skip connections.
 """
 
 import torch

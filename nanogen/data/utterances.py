@@ -5,6 +5,7 @@ null" in German. So a model can learn to go on in the voice of the first part, i
 `frames` says which phoneme sounds in each frame of 16 ms, the frame of the codec.
 """
 
+import re
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from nanogen.data.voices import RATE, Speaker, say
 
 HOP = 128  # samples of a frame
 SYMBOLS = ["", *PHONEMES]  # number of a phoneme; 0: none sounds
-MOST_PHONEMES = 32  # of four digits
+MOST_PHONEMES = 32  # at least those of four digits
 WORDS = {"english": "zero one two three four five six seven eight nine",
          "german": "null eins zwei drei vier fünf sechs sieben acht neun",
          "spanish": "cero uno dos tres cuatro cinco seis siete ocho nueve"}
@@ -26,14 +27,12 @@ TYPICAL = [0, *(sum(phone.seconds for phone in PHONEMES[symbol]) * RATE / HOP
 
 def digits_of(text: str) -> str:
     """"3 1 4" or "three one four", in any of the languages -> "314". UserError for other words."""
-    digits = "".join(word if word.isdecimal() else str(NUMBERS.get(word, word))
-                     for word in text.lower().replace(",", " ").split())
-    if not digits.isascii() or not digits.isdecimal():
-        unknown = [word for word in text.lower().replace(",", " ").split()
-                   if not word.isdecimal() and word not in NUMBERS]
-        raise UserError(f"Only digits can be said, such as 314 or three one four, got "
+    words = text.lower().replace(",", " ").split()
+    unknown = [word for word in words if word not in NUMBERS and not re.fullmatch("[0-9]+", word)]
+    if unknown or not words:
+        raise UserError("Only digits can be said, such as 314 or three one four, got "
                         f"{', '.join(unknown) or 'nothing'}.")
-    return digits
+    return "".join(str(NUMBERS.get(word, word)) for word in words)
 
 
 def spell(digits: str, language: str) -> list[int]:
@@ -64,8 +63,7 @@ def record(digits: list[str], languages: list[str], speaker: Speaker,
     pieces, spoken, at = [], [], 0
     for part, language in zip(digits, languages, strict=True):
         if pieces:
-            pause = HOP * int(rng.integers(4, 16))  # 64 to 240 ms, in whole frames
-            pause += -at % HOP
+            pause = HOP * int(rng.integers(4, 16)) + -at % HOP  # the second part begins on a frame
             pieces.append(np.zeros(pause, dtype=np.float32))
             at += pause
         begin = at // HOP
@@ -88,7 +86,7 @@ def empty_columns(count: int, longest: float) -> dict[str, np.ndarray]:
 
 def describe(columns: dict, row: int, sound: np.ndarray, phones: list, begin: int, who: int,
              digits: list[str], language) -> None:
-    """Write the truth about a recording into one row of the columns."""
+    """Write the labels of a recording into one row of the columns."""
     words = [10 * code + int(digit) for code, part in zip(language, digits, strict=True)
              for digit in part]
     values = {"words": words, "frames": to_frames(phones, len(sound)),
@@ -112,7 +110,8 @@ def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -
     for i in range(count):
         rng, who, sound = np.random.default_rng([seed, 1, i]), i % speakers, None
         while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
-            digits = ["".join(map(str, rng.integers(10, size=rng.integers(1, 5)))) for _ in "ab"]
+            digits = ["".join(map(str, rng.integers(10, size=rng.integers(1, 5))))
+                      for _ in range(2)]
             language = rng.integers(len(LANGUAGES), size=2)
             sound, phones, begin = record(digits, [LANGUAGES[k] for k in language], voices[who],
                                           rng)
@@ -125,15 +124,16 @@ def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -
 
 def join(clips: list[np.ndarray], digits: np.ndarray, speakers: np.ndarray, count: int,
          seed: int = 0, longest: float = 4.0) -> dict:
-    """The same from recorded English digits (T,), joined, each row by one of the speakers. Nobody
-    knows when their phonemes sound: a clip is divided as at ordinary tempo."""
+    """The same from recorded English digits (T,), joined, each row by one of the speakers, with up
+    to 3 frames of silence between two digits. Nobody knows when their phonemes sound: a clip is
+    divided as at ordinary tempo."""
     columns, waveforms, prompts = empty_columns(count, longest), [], []
     rows = {who: np.flatnonzero(speakers == who) for who in np.unique(speakers)}
     for i in range(count):
         rng, sound = np.random.default_rng([seed, i]), None
         who = int(rng.choice(list(rows)))
         while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
-            chosen = [rng.choice(rows[who], rng.integers(1, 5)) for _ in "ab"]
+            chosen = [rng.choice(rows[who], rng.integers(1, 5)) for _ in range(2)]
             pieces, phones, at, begin = [], [], 0, 0  # at, and all lengths: multiples of HOP
             for j, number in enumerate([*chosen[0], *chosen[1]]):
                 second = j == len(chosen[0])

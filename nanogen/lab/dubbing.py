@@ -11,11 +11,11 @@ from torch import Tensor
 
 from nanogen import UserError
 from nanogen.data.sources import SAMPLE_RATE
-from nanogen.data.utterances import LANGUAGES
+from nanogen.data.utterances import LANGUAGES, trimmed
 from nanogen.lab import machine
 from nanogen.lab.prepare import pad
 from nanogen.lab.runs import Run
-from nanogen.lab.sample import sample
+from nanogen.lab.sample import cut, sample
 from nanogen.listener import Listener
 
 
@@ -34,7 +34,7 @@ def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, se
         **settings) -> list[tuple[np.ndarray, str, str]]:
     """Clips (T,) -> for each the dubbed one (T',), its digits, and the language that was heard, the
     one of most words. settings: of the sampler. UserError where no digit is heard."""
-    dubbed = []
+    dubbed, clips = [], [trimmed(clip) for clip in clips]  # silence is not to be filled
     for clip, words in zip(clips, listen(listener, clips)[0], strict=True):
         if not words:
             raise UserError("The listener hears no digit in this clip.")
@@ -42,5 +42,5 @@ def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, se
         heard = LANGUAGES[np.bincount([word // 10 for word in words]).argmax()]
         asked = {"prompts": [digits], "voices": [clip], "languages": [language]}
         drawn = sample(run, 1, asked, seed, seconds=len(clip) / SAMPLE_RATE, **settings)
-        dubbed.append((drawn["waveforms"][0, : drawn["lengths"][0]], digits, heard))
+        dubbed.append((cut(drawn)[0], digits, heard))
     return dubbed

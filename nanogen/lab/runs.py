@@ -28,7 +28,7 @@ from nanogen.lab.folders import RECORD, WEIGHTS, begun, check_data, copy_run, pl
 from nanogen.lab.machine import join_processes
 from nanogen.lab.prepare import check_size, held_out, prepare, remarks
 from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
-from nanogen.lab.sample import read_known, sample
+from nanogen.lab.sample import cut, read_known, sample
 from nanogen.lab.train import Training, check_batch, draw_batch, read_state, train
 from nanogen.method import METHODS, Method, Requirement, find
 
@@ -75,8 +75,7 @@ class Run:
             known = read_known(self, known, **part)
         drawn = sample(self, n, conditions, seed, known=known, **settings)
         if self.model.output == "waveforms":
-            pairs = zip(drawn["waveforms"], drawn["lengths"], strict=True)
-            return [waveform[:length] for waveform, length in pairs]
+            return cut(drawn)
         return drawn[self.model.output]
 
 

@@ -209,6 +209,12 @@ def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]
             "sample_rate": np.array(SAMPLE_RATE)} | said
 
 
+def cut(drawn: dict[str, np.ndarray]) -> list[np.ndarray]:
+    """The waveforms that `sample` returned, each at its length."""
+    return [clip[:length] for clip, length
+            in zip(drawn["waveforms"], drawn["lengths"], strict=True)]
+
+
 def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: list = ()) -> None:
     """samples.npz, and images, animations or sounds to open. growth: uint8 (N, H, W, 3) of some
     moments, for process.gif, which shows how up to 30 of the images come to be."""
@@ -221,7 +227,7 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
     if run.model.output == "waveforms":
         total = len(drawn["lengths"])
         chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
-        clips = [drawn["waveforms"][i, : drawn["lengths"][i]] for i in chosen]
+        clips = [clip for i, clip in enumerate(cut(drawn)) if i in chosen]
         titles = [", ".join(run.names[name][drawn[name][i]] if name in run.names
                             else str(drawn[name][i]) for name in run.model.conditions
                             if name in drawn and drawn[name][i] != "") for i in chosen]

@@ -20,22 +20,16 @@ from nanogen.data.sources import SAMPLE_RATE
 from nanogen.lab import sound_metrics
 from nanogen.lab.dubbing import dub, listen
 from nanogen.lab.runs import Run
-from nanogen.lab.sample import sample, write_samples
+from nanogen.lab.sample import cut, sample, write_samples
 from nanogen.listener import Listener, edits, equal_error_rate
 
 STRETCHES = (0.7, 1.4)  # times the natural length
-PROMPTS = (0.5, 1.0, 2.0)  # seconds of the voice prompt
+PROMPT_SECONDS = (0.5, 1.0, 2.0)  # of the voice prompt
 DUBBED = 10  # clips of each language that are dubbed into all
 
 
-def cut(drawn: dict) -> list[np.ndarray]:
-    """The waveforms that `sample` returned, each at its length."""
-    return [clip[:length] for clip, length
-            in zip(drawn["waveforms"], drawn["lengths"], strict=True)]
-
-
 def score_of(wanted: list[list[int]], heard: list[list[int]]) -> float:
-    """The fraction of words right, over all sounds."""
+    """The fraction of words right, over all sounds; a sound has at most as many edits as words."""
     wrong = sum(min(edits(said, got), len(said)) for said, got in zip(wanted, heard, strict=True))
     return 1 - wrong / sum(map(len, wanted))
 
@@ -88,21 +82,22 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     names = np.array(run.names["languages"])
     _, of_prompts = listen(listener, first)
 
-    def say(prompts: list, chosen=slice(None), **more) -> tuple[dict, dict]:
-        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": prompts[chosen],
+    def say(clips: list, chosen=slice(None), **more) -> tuple[dict, dict]:
+        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": clips[chosen],
                  "languages": list(names[language[chosen]])}
+        start = time.perf_counter()
         drawn = sample(run, len(asked["prompts"]), asked, seed, batch_size=25, **settings | more)
+        taken.append(time.perf_counter() - start)
         heard, vectors = listen(listener, cut(drawn))
         right = {"words_right": score_of(words[chosen], heard),
                  "voice_error": voice_error(vectors, of_prompts[chosen], speakers[chosen])}
         return right | {"heard": heard}, drawn
 
-    start = time.perf_counter()
+    taken: list[float] = []  # seconds of each call of `sample`
     natural, drawn = say(first)
-    seconds = time.perf_counter() - start
     heard, vectors = listen(listener, second)
     lengths = drawn["lengths"] / SAMPLE_RATE
-    result = {"samples": len(rows), "seconds_per_sound": seconds / len(rows)} | natural
+    result = {"samples": len(rows), "seconds_per_sound": taken[0] / len(rows)} | natural
     for code, name in enumerate(names):
         chosen = np.flatnonzero(language == code)
         if len(chosen):
@@ -116,7 +111,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     for stretch in STRETCHES:
         more, _ = say(first, few, tempo=1 / stretch)
         result[f"at {stretch:g} times the length"] = more
-    for seconds in PROMPTS:
+    for seconds in PROMPT_SECONDS:
         shorter = [clip[: int(seconds * SAMPLE_RATE)] for clip in first]
         result[f"prompt of {seconds:g} s"] = say(shorter, few)[0]
     for source in range(len(names)):  # the first parts are dubbed into all languages
