@@ -10,8 +10,10 @@
 
 Each frame of the codec is a vector. A Transformer sees all frames: the noisy latents, the known
 ones, and the phoneme of each frame. The phonemes of the prompt are hidden from it, so a prompt
-needs no transcript. Explicit durations make the length of the result a condition: dubbing asks for
-the length of the original. Time runs from t=0 (noise) to t=1 (data). There are two guidances:
+needs no transcript. A small convolution over the prompt, and the mean of its outputs, is a second
+way for the voice: one vector that conditions all frames. Durations are explicit, so the length of
+the result can be chosen: dubbing takes that of the original. Time runs from t=0 (noise) to t=1
+(data). There are two guidances:
 
     v = v(nothing) + voice_guidance (v(voice) - v(nothing)) + guidance (v(voice, text) - v(voice))
 
@@ -22,7 +24,7 @@ the length of the original. Time runs from t=0 (noise) to t=1 (data). There are 
 Sources: Le et al. 2023, "Voicebox" (infilling by flow matching, with durations); Chen et al. 2024,
 "F5-TTS" (prompt and text in one sequence); Zhou et al. 2025, "IndexTTS2" (a given duration);
 Ren et al. 2019, "FastSpeech" (a network for durations). Different here: latents of a codec instead
-of mel spectrograms and a vocoder; the prompt's text is never needed.
+of mel spectrograms and a vocoder; the prompt's text is never needed; the vector of the voice.
 """
 
 from dataclasses import dataclass
@@ -82,6 +84,8 @@ class Speech(Method):
         self.config, width, dim = config, config.width, base.config.dim
         self.latents = Standardizer(dim)
         self.phonemes = nn.Embedding(SYMBOLS + 2, width)
+        self.voice = nn.Sequential(nn.Conv1d(dim, width, 5, padding=2), nn.SiLU(),
+                                   nn.Conv1d(width, width, 5, padding=2))
         self.field = FrameField(2 * dim + 1, dim, width, config.depth, config.heads)
         self.durations = Durations(config.duration_width, config.duration_depth, config.heads)
 
@@ -108,7 +112,9 @@ class Speech(Method):
         like x_t, NaN where to draw -> (B, F, dim)."""
         is_known = ~known[..., :1].isnan()  # these frames have no noise
         x = torch.cat([x_t * ~is_known, known.nan_to_num(), is_known.to(x_t)], dim=-1)
-        return self.field(x, t, self.phonemes(phonemes.clamp(min=0)), phonemes >= 0)
+        heard = self.voice(known.nan_to_num().transpose(1, 2)).transpose(1, 2) * is_known
+        voice = heard.sum(1) / is_known.sum(1).clamp(min=1)  # (B, width): the mean of the prompt
+        return self.field(x, t, self.phonemes(phonemes.clamp(min=0)), phonemes >= 0, voice)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Flow matching of the second part of each recording, given the first as voice prompt; plus
@@ -126,7 +132,8 @@ class Speech(Method):
         none = torch.rand(count, 1, device=device) < config.voice_dropout
         start = torch.where(none, begin, start)
         prompt, drawn = (index >= start) & (index < begin), index >= begin
-        no_text = torch.rand(count, 1, device=device) < config.text_dropout
+        hidden = torch.where(none, 0.3, config.text_dropout)  # guidance needs the case of neither
+        no_text = torch.rand(count, 1, device=device) < hidden
         seen = torch.where(no_text, NULL, phonemes)
         seen = torch.where(prompt, HIDDEN, torch.where(drawn, seen, -1))
         known = x1.masked_fill(~prompt[..., None], torch.nan)

@@ -23,13 +23,14 @@ class FrameField(nn.Module):
         self.transformer = Transformer(width, depth, heads)
         self.out = zeroed(nn.Linear(width, outputs), adamw=True)
 
-    def forward(self, x: Tensor, t: Tensor, meaning: Tensor, there: Tensor) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, meaning: Tensor, there: Tensor,
+                whole: Tensor | float = 0.0) -> Tensor:
         """x: (B, F, inputs); t: (B,); meaning: (B, F, width), an embedding of what each frame
-        should be; there: bool (B, F), False for padding, which changes no other frame -> (B, F,
-        outputs)."""
+        should be; there: bool (B, F), False for padding, which changes no other frame; whole:
+        (B, width), a condition of the whole sound -> (B, F, outputs)."""
         h = (self.inp(x) + meaning) * there[..., None]
         h = h + self.near(h.transpose(1, 2)).transpose(1, 2)
         positions = torch.arange(x.shape[1], device=x.device)[:, None]
         angles = rotary_angles(positions, h.shape[2] // self.transformer.heads)
-        h = self.transformer(h, angles, there[:, None, None], condition=self.time(t))
+        h = self.transformer(h, angles, there[:, None, None], condition=self.time(t) + whole)
         return self.out(h).float()
