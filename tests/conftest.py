@@ -91,6 +91,15 @@ def tiny_data(method: str, grid: int = 4, count: int = 16) -> dict[str, torch.Te
     return units.get(method, codes) | {"labels": labels}
 
 
+def fake_fsdd(folder: Path, rate: int = 8000) -> None:
+    """An FSDD of 40 clips of noise."""
+    waveform = np.random.default_rng(0).integers(-3000, 3000, 40 * rate // 2).astype(np.int16)
+    np.savez(folder / "fsdd.npz", waveform=waveform, sample_rate=np.array(rate),
+             offsets=np.arange(41) * (rate // 2), digits=np.arange(40) % 10,
+             speakers=np.arange(40) // 10 % 2, is_test=np.arange(40) >= 30,
+             speaker_names=np.array(["george", "jackson"]))
+
+
 def briefly(steps: int, **fields) -> Training:
     """A training of a few steps."""
     return Training(**(dict(steps=steps, batch_size=16, warmup=2, lr=5e-3) | fields))

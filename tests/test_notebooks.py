@@ -11,6 +11,7 @@ from textwrap import indent
 
 import nbformat
 import pytest
+from conftest import fake_fsdd
 from nbclient import NotebookClient
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
@@ -61,12 +62,15 @@ def code_cells(notebook) -> list:
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     """One folder of runs for all notebooks: what the first one trains, the next ones find."""
-    return tmp_path_factory.mktemp("runs")
+    folder = tmp_path_factory.mktemp("runs")
+    fake_fsdd(folder)
+    return folder
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_a_notebook_runs_from_top_to_bottom(path, runs, monkeypatch):
-    settings = {"NANOGEN_SMOKE": "1", "NANOGEN_RUNS": str(runs), "OMP_NUM_THREADS": "1"}
+    settings = {"NANOGEN_SMOKE": "1", "NANOGEN_RUNS": str(runs), "OMP_NUM_THREADS": "1",
+                "NANOGEN_DATA": str(runs)}
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     notebook = nbformat.read(path, as_version=4)

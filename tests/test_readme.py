@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from conftest import fake_fsdd
 from PIL import Image
 
 from nanogen.__main__ import main
@@ -31,17 +32,13 @@ def workplace(tmp_path_factory):
     """A folder with a CIFAR-10 of 100 images of noise, an FSDD of 40 clips of noise, and tiny runs
     of what the methods require."""
     folder, random = tmp_path_factory.mktemp("workplace"), np.random.default_rng(0)
-    parts, rate = {}, 8000
+    parts = {}
     for part, count in (("train", 100), ("test", 40)):
         parts[f"{part}_images"] = random.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
         parts[f"{part}_labels"] = (np.arange(count) % 10).astype(np.uint8)
     names = "airplane automobile bird cat deer dog frog horse ship truck".split()
     np.savez(folder / "cifar10.npz", **parts, class_names=np.array(names))
-    waveform = random.integers(-3000, 3000, 40 * rate // 2).astype(np.int16)
-    np.savez(folder / "fsdd.npz", waveform=waveform, sample_rate=np.array(rate),
-             offsets=np.arange(41) * (rate // 2), digits=np.arange(40) % 10,
-             speakers=np.arange(40) // 10 % 2, is_test=np.arange(40) >= 30,
-             speaker_names=np.array(["george", "jackson"]))
+    fake_fsdd(folder)
     Image.fromarray(parts["test_images"][0]).save(folder / "my.png")
     runs = {"perceptual-cifar10": ("judge", dict(widths=(16, 16, 16))),
             "judge-cifar10": ("judge", dict(widths=(16, 16, 16))),

@@ -241,12 +241,11 @@ def load_downloaded(name: str, folders: list[Path]) -> Dataset:
 
 def load_all(folder: Path | None, count: int | None) -> Dataset:
     """ALL as one data set; labels and speakers say which one a sound is from."""
-    sides, most = [], {name: count // len(ALL) + 1 if count else most for name, most in ALL.items()}
-    parts = [load(name, folder) for name in ALL]
-    for side, share in (("train", 1), ("test", 10)):
+    sides, parts = [], [load(name, folder, count and count // len(ALL) + 1) for name in ALL]
+    for side, fraction in (("train", 1), ("test", 10)):
         clips = [getattr(part, side)["waveforms"] for part in parts]
-        clips = [some if most[part.name] is None else some[: max(1, most[part.name] // share)]
-                 for some, part in zip(clips, parts, strict=True)]
+        clips = [some[: most // fraction] if most and not count else some
+                 for some, most in zip(clips, ALL.values(), strict=True)]
         source = np.repeat(np.arange(len(parts)), list(map(len, clips)))
         sides.append({"waveforms": sum(clips, []), "labels": source, "speakers": source})
     names = {"labels": list(ALL), "speakers": list(ALL)}
