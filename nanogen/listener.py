@@ -36,6 +36,7 @@ class Config:
     voice_width: int = 64  # size of a voice's vector
     words: int = 30  # number of different words: ten digits in three languages
     speakers: int = 406  # number of voices to learn from
+    jitter: float = 0.7  # largest noise added to the spectrogram in training; its std is 1
     seconds: float = 4.0  # longer recordings are cut when they are loaded
 
     def __post_init__(self):
@@ -64,6 +65,9 @@ class Listener(Method):
         """(B, T) and (B,) samples -> a vector for each frame, (B, T / 128 + 1, width), and bool (B,
         T / 128 + 1), which frames are no padding. In eval mode, padding changes nothing."""
         x = self.standardize(log_mel(waveforms.float(), hop=HOP))
+        if self.training:  # else a codec's small errors would sound like another voice
+            level = self.config.jitter * torch.rand(len(x), 1, 1, device=x.device)
+            x = x + level * torch.randn_like(x)
         there = torch.arange(x.shape[2], device=x.device) <= lengths[:, None] // HOP
         h = self.inp(x * there[:, None])
         for block in self.blocks:
