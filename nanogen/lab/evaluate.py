@@ -82,6 +82,8 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
              "gflops": "gflops"}  # name here -> in the record
     result = rounded(result) | {name: run.record.get(there) for name, there in facts.items()}
     result |= {"machine": machine.describe(), "seed": seed}
+    if dataset.name != run.record["data"]["name"]:
+        result["measured_on"] = dataset.name
     if expert:
         result["judge"] = files.content_hash(expert.folder / "model.safetensors")
     files.write_json(run.folder / "metrics.json", result)
