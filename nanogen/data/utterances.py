@@ -154,9 +154,15 @@ def join(clips: list[np.ndarray], digits: np.ndarray, speakers: np.ndarray, coun
     return {"waveforms": waveforms, **columns, "prompts": prompts}
 
 
-def trimmed(clip: np.ndarray) -> np.ndarray:
-    """A clip (T,) without the frames at its ends that are 35 dB softer than its loudest one."""
-    clip = np.pad(clip, (0, -len(clip) % HOP))
-    power = np.square(clip).reshape(-1, HOP).sum(1)
+def sounding(clip: np.ndarray) -> tuple[int, int]:
+    """Where a clip (T,) begins and ends without the frames at its ends that are 35 dB softer than
+    its loudest one, in samples."""
+    power = np.square(np.pad(clip, (0, -len(clip) % HOP))).reshape(-1, HOP).sum(1)
     loud = np.flatnonzero(power >= power.max() * 10**-3.5)
-    return clip[loud[0] * HOP : (loud[-1] + 1) * HOP]
+    return int(loud[0]) * HOP, int(loud[-1] + 1) * HOP
+
+
+def trimmed(clip: np.ndarray) -> np.ndarray:
+    """What `sounding` finds, a whole number of frames."""
+    start, end = sounding(clip)
+    return np.pad(clip, (0, -len(clip) % HOP))[start:end]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from nanogen import UserError
 from nanogen.data.sources import SAMPLE_RATE
-from nanogen.data.utterances import LANGUAGES, trimmed
+from nanogen.data.utterances import LANGUAGES, sounding
 from nanogen.lab import machine
 from nanogen.lab.prepare import pad
 from nanogen.lab.runs import Run
@@ -32,15 +32,18 @@ def listen(listener: Listener, clips: list[np.ndarray]) -> tuple[list[list[int]]
 
 def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, seed: int = 0,
         **settings) -> list[tuple[np.ndarray, str, str]]:
-    """Clips (T,) -> for each the dubbed one (T',), its digits, and the language that was heard, the
-    one of most words. settings: of the sampler. UserError where no digit is heard."""
-    dubbed, clips = [], [trimmed(clip) for clip in clips]  # silence is not to be filled
+    """Clips (T,) -> for each the dubbed one (T,), with the same silence at its ends; its digits; and
+    the language that was heard, that of most words. settings: of the sampler. UserError where no
+    digit is heard."""
+    dubbed = []
     for clip, words in zip(clips, listen(listener, clips)[0], strict=True):
         if not words:
             raise UserError("The listener hears no digit in this clip.")
         digits = "".join(str(word % 10) for word in words)
         heard = LANGUAGES[np.bincount([word // 10 for word in words]).argmax()]
-        asked = {"prompts": [digits], "voices": [clip], "languages": [language]}
-        drawn = sample(run, 1, asked, seed, seconds=len(clip) / SAMPLE_RATE, **settings)
-        dubbed.append((cut(drawn)[0], digits, heard))
+        asked, (start, end) = {"prompts": [digits], "languages": [language]}, sounding(clip)
+        asked["voices"], seconds = [clip[start:end]], (end - start) / SAMPLE_RATE
+        said = cut(sample(run, 1, asked, seed, seconds=seconds, **settings))[0]
+        whole = np.pad(said, (start, max(0, len(clip) - start - len(said))))[: len(clip)]
+        dubbed.append((whole, digits, heard))
     return dubbed
