@@ -32,9 +32,9 @@ def listen(listener: Listener, clips: list[np.ndarray]) -> tuple[list[list[int]]
 
 def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, seed: int = 0,
         **settings) -> list[tuple[np.ndarray, str, str]]:
-    """Clips (T,) -> for each the dubbed one (T,), with the same silence at its ends; its digits; and
-    the language that was heard, that of most words. settings: of the sampler. UserError where no
-    digit is heard."""
+    """Clips (T,) -> for each the dubbed one (T,), with the same silence at its ends; its digits;
+    and the language that was heard, that of most words. settings: of the sampler. UserError where
+    no digit is heard."""
     dubbed = []
     for clip, words in zip(clips, listen(listener, clips)[0], strict=True):
         if not words:
