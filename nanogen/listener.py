@@ -137,7 +137,9 @@ def edits(said: list, heard: list) -> int:
 def equal_error_rate(same: np.ndarray, different: np.ndarray) -> float:
     """Similarities of pairs of one voice, and of pairs of two -> the error at the threshold where
     the fraction of the first below it equals the fraction of the second above it. 0: always told
-    apart; 0.5: by chance."""
+    apart; 0.5: by chance; NaN without pairs of both kinds."""
+    if not len(same) or not len(different):
+        return float("nan")
     thresholds = np.concatenate([same, different])
     missed = np.searchsorted(np.sort(same), thresholds) / len(same)
     wrong = 1 - np.searchsorted(np.sort(different), thresholds) / len(different)

@@ -150,7 +150,7 @@ def test_the_list_has_every_method_and_its_recipes(monkeypatch):
     assert all(name in text for name in (*NAMES[:4], "audio_lm", "tokenizer (multiscale)", "codec"))
     assert "perceptual" in text and "tour" not in text and "minutes here" in text
     rows = tour.recipe_rows("sounds", here=False)
-    assert {row["data"] for row in rows} == {"fsdd", "voices"}
+    assert {row["data"] for row in rows} == {"fsdd", "voices", "all"}
     assert tour.recipe_tables()[1].count("\n") == len(rows) + 1
     minutes = [tour.short(value) for value in (102.1, 4.004, 0.5, None)]
     assert minutes == ["100", "4", "0.5", "-"], "no exponents"
