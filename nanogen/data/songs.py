@@ -185,7 +185,7 @@ def compose(rng: np.random.Generator) -> Song:
         for j, length in enumerate(rhythm):
             step = int(np.clip(step + rng.choice([-2, -1, 0, 1, 2], p=[0.15, 0.3, 0.1, 0.3, 0.15]),
                                0, HIGHEST))
-            if j == 0:  # the nearest note of the chord: degree 1 stands on step 0
+            if j == 0:  # the nearest note of the chord; degree 1 is step 0
                 step = min((s for s in range(HIGHEST + 1) if (s - degree + 1) % 7 in (0, 2, 4)),
                            key=lambda s: (abs(s - step), s))
             if last:
