@@ -144,7 +144,8 @@ def run_options(command: Parser, arguments: list[str]) -> list[str]:
         settings = lab("sample").sampler_settings(run.model)
         command.set_defaults(settings=list(settings), conditions=conditions)
         for name, kind in conditions.items():
-            text = {"class": "names or numbers (all)", "text": "texts"}.get(kind, "files")
+            text = {"class": "names or numbers (all)", "text": "texts",
+                    "optional text": "texts"}.get(kind, "files")
             group.add_argument(f"--{name.removesuffix('s')}", nargs="+", dest=name, help=text)
         if arguments[0] == "sample" and type(run.model).known_part is not Method.known_part:
             group.add_argument("--known", nargs="+", help="files of which a part stays")
