@@ -36,7 +36,7 @@ class Config:
     voice_width: int = 64  # size of a voice's vector
     words: int = 30  # number of different words: ten digits in three languages
     speakers: int = 406  # number of voices to learn from
-    jitter: float = 0.7  # largest noise added to the spectrogram in training; its std is 1
+    jitter: float = 0.7  # largest noise in training, added to the spectrogram, which has std 1
     seconds: float = 4.0  # longer recordings are cut when they are loaded
 
     def __post_init__(self):

@@ -151,12 +151,12 @@ class Speech(Method):
 
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 16, method: str = "euler",
-               guidance: float = 2.0, voice_guidance: float = 1.5, seconds: float = 0.0,
+               guidance: float = 1.5, voice_guidance: float = 3.0, seconds: float = 0.0,
                tempo: float = 1.0, seed: int = 0) -> dict:
         """Takes "prompts" (B, L), digits or their words; "languages" (B,); "voices" (B, T), clips,
         of which silence means any voice -> "waveforms" (B, T) and "lengths". seconds: the length of
         each sound; 0: as at the mean tempo of the training recordings, times `tempo`. The tempo of
-        the voice is not copied. guidance: on the text; steps, method: of the solver."""
+        the voice is not copied. Guidances: see above; steps, method: of the solver."""
         if tempo <= 0:
             raise ValueError(f"tempo must be more than 0, got {tempo}")
         voices, languages = conditions["voices"], conditions["languages"]

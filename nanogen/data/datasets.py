@@ -256,6 +256,7 @@ def load_recordings(folder: Path | None, count: int | None) -> Dataset:
     """The utterances, and rows of FSDD's digits by all speakers but LEFT_OUT, to learn from."""
     made, real = load("utterances", folder, count), load("fsdd", folder)
     clips = without(real, LEFT_OUT).train
+    # Five made recordings to two of people, whose phonemes are known less exactly.
     rows = utterances.join(clips["waveforms"], clips["labels"], clips["speakers"],
                            len(made) * 2 // 5)
     rows["speakers"] = rows.pop("speaker") + made.classes("speakers")

@@ -227,7 +227,7 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
     if run.model.output == "waveforms":
         total = len(drawn["lengths"])
         chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
-        clips = [clip for i, clip in enumerate(cut(drawn)) if i in chosen]
+        clips = cut({name: drawn[name][chosen] for name in ("waveforms", "lengths")})
         titles = [", ".join(run.names[name][drawn[name][i]] if name in run.names
                             else str(drawn[name][i]) for name in run.model.conditions
                             if name in drawn and drawn[name][i] != "") for i in chosen]

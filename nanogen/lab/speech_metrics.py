@@ -82,7 +82,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     names = np.array(run.names["languages"])
     _, of_prompts = listen(listener, first)
 
-    def say(clips: list, chosen=slice(None), **more) -> tuple[dict, dict]:
+    def say(clips: list, chosen=slice(None), **more) -> tuple[dict, list, dict]:
         asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": clips[chosen],
                  "languages": list(names[language[chosen]])}
         start = time.perf_counter()
@@ -91,10 +91,10 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
         heard, vectors = listen(listener, cut(drawn))
         right = {"words_right": score_of(words[chosen], heard),
                  "voice_error": voice_error(vectors, of_prompts[chosen], speakers[chosen])}
-        return right | {"heard": heard}, drawn
+        return right, heard, drawn
 
     taken: list[float] = []  # seconds of each call of `sample`
-    natural, drawn = say(first)
+    natural, said, drawn = say(first)
     heard, vectors = listen(listener, second)
     lengths = drawn["lengths"] / SAMPLE_RATE
     result = {"samples": len(rows), "seconds_per_sound": taken[0] / len(rows)} | natural
@@ -102,22 +102,21 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
         chosen = np.flatnonzero(language == code)
         if len(chosen):
             result[f"words_right_{name}"] = score_of([words[i] for i in chosen],
-                                                  [natural["heard"][i] for i in chosen])
+                                                  [said[i] for i in chosen])
     result |= {"words_right_real": score_of(words, heard),
                "voice_error_real": voice_error(vectors, of_prompts, speakers),
                "seconds": lengths.mean().item(),
                "seconds_real": np.mean([len(clip) for clip in second]).item() / SAMPLE_RATE}
     few = slice(0, None, 2)  # every second one: what follows takes six times as long
     for stretch in STRETCHES:
-        more, _ = say(first, few, tempo=1 / stretch)
-        result[f"at {stretch:g} times the length"] = more
+        result[f"at {stretch:g} times the length"] = say(first, few, tempo=1 / stretch)[0]
     for seconds in PROMPT_SECONDS:
         shorter = [clip[: int(seconds * SAMPLE_RATE)] for clip in first]
         result[f"prompt of {seconds:g} s"] = say(shorter, few)[0]
     for source in range(len(names)):  # the first parts are dubbed into all languages
         ours = np.flatnonzero(test["language"][rows, 0] == source)[:DUBBED]
-        said = [test["words"][rows[i]] for i in ours]
-        digits = [row[row >= 0][: -len(words[i])] % 10 for row, i in zip(said, ours, strict=True)]
+        both = [test["words"][rows[i]] for i in ours]
+        digits = [row[row >= 0][: -len(words[i])] % 10 for row, i in zip(both, ours, strict=True)]
         for target in range(len(names)) if len(ours) else ():
             dubbed = dub(run, listener, [first[i] for i in ours], names[target], seed, **settings)
             heard, vectors = listen(listener, [clip for clip, *_ in dubbed])
@@ -128,8 +127,6 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
                 "voice_error": voice_error(vectors, of_prompts[ours], speakers[ours]),
                 "length_error": max(off)}
     write_samples(drawn, run, run.folder / "samples")
-    for part in (result, *filter(lambda value: isinstance(value, dict), result.values())):
-        part.pop("heard", None)
     return result | run.record["sampling"] | settings
 
 
