@@ -109,5 +109,14 @@ def test_speech_and_songs_are_measured(workplace, monkeypatch):
     assert 0 <= own["words_right"] <= 1 and 0 <= own["voice_error"] <= 1
 
 
+def test_data_without_what_a_method_learns_from_is_refused_at_once(workplace, monkeypatch, capsys):
+    monkeypatch.setenv("NANOGEN_DATA", str(workplace))
+    monkeypatch.chdir(workplace)
+    assert main(["train", "speech"]) == 1  # on fsdd, which has no phonemes
+    said = capsys.readouterr()
+    assert "fsdd has no frames" in said.err and "--data recordings" in said.err
+    assert "trained first" not in said.out
+
+
 def test_the_tables_are_the_ones_that_list_prints():
     assert all(table in README for table in tour.recipe_tables())

@@ -27,7 +27,7 @@ from nanogen.lab import folders, machine
 from nanogen.lab.folders import RECORD, WEIGHTS, begun, check_data, copy_run, place_of, read_record
 from nanogen.lab.machine import join_processes
 from nanogen.lab.prepare import check_size, held_out, prepare, remarks
-from nanogen.lab.recipes import facts, find_recipe, make_config, required_recipe, typed
+from nanogen.lab.recipes import facts, find_recipe, make_config, recipes, required_recipe, typed
 from nanogen.lab.sample import cut, read_known, sample
 from nanogen.lab.train import Training, check_batch, draw_batch, read_state, train
 from nanogen.method import METHODS, Method, Requirement, find
@@ -124,6 +124,7 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
         make_config(method, early, overrides, {})  # bad settings fail before the data is loaded
     dataset = data if isinstance(data, Dataset) else load(data)
     check_kind(method, dataset.origin, dataset.kind)
+    check_columns(method, dataset)
     if record:
         check_data(folder, record, dataset)
         if finished and not goes_on:  # its data was moved
@@ -276,6 +277,15 @@ def check_kind(method: str, data: str, kind: str | None) -> None:
     wanted = find(method).Model.data
     if kind is not None and wanted not in ("any", kind):
         raise UserError(f"{data} holds {kind}, but {method} learns from {wanted}.")
+
+
+def check_columns(method: str, dataset: Dataset) -> None:
+    """UserError if the data set lacks a column that the method names. Nothing is trained before."""
+    columns = find(method).Model.columns  # a property, where they depend on the Config
+    for name in columns if isinstance(columns, tuple) else ():
+        if name not in dataset.train:
+            raise UserError(f"{dataset.name} has no {name}, from which {method} learns: try --data "
+                            f"{' or '.join(recipes(method))}.")
 
 
 def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) -> Run:
