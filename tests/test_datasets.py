@@ -16,7 +16,7 @@ import pytest
 import soundfile
 from PIL import Image
 
-from nanogen import UserError
+from nanogen import UserError, files
 from nanogen.data import datasets, sources
 from nanogen.data.datasets import Dataset, load
 from nanogen.data.sources import Source, read_image, read_sound, resample
@@ -179,7 +179,7 @@ def test_a_folder_that_cannot_be_written_is_a_sentence(cifar10, tmp_path):
 
 def test_a_full_disk_leaves_no_half_written_cache(cifar10, tmp_path, monkeypatch):
     def fails(file, **arrays):
-        Path(file).write_bytes(b"half")
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(np, "savez", fails)
@@ -270,7 +270,7 @@ def test_data_is_kept_in_nanogen_data_or_in_the_checkout(cifar10, tmp_path, monk
     check_cifar10(load("cifar10"), cifar10)
 
     def kept_in() -> Path:  # where new data goes
-        return next(filter(datasets.writable, datasets.data_folders()))
+        return next(filter(files.writable, datasets.data_folders()))
 
     assert kept_in() == tmp_path
     monkeypatch.setenv("NANOGEN_DATA", "")

@@ -9,6 +9,7 @@ from torch import nn
 
 from nanogen import UserError
 from nanogen.data import datasets
+from nanogen.data.made import recorded
 from nanogen.data.phonemes import DIGITS, LANGUAGES, PHONEMES, SYLLABLES
 from nanogen.data.voices import RATE, Speaker, make, midi_to_hertz, pluck, say, sing
 
@@ -215,7 +216,7 @@ def test_voices_are_a_data_set_like_the_others(tmp_path, monkeypatch):
         return make(count // 400, seed, speakers)
 
     known = datasets.MADE["voices"]
-    monkeypatch.setitem(datasets.MADE, "voices", (datasets.recorded(make_few, 200), *known[1:]))
+    monkeypatch.setitem(datasets.MADE, "voices", (recorded(make_few, 200), *known[1:]))
     first, again = datasets.load("voices", tmp_path), datasets.load("voices", tmp_path)
     assert asked == [8000, 800], "the second time from the cache"
     assert first.fingerprint == again.fingerprint and len(again) == 20

@@ -21,10 +21,7 @@ A folder may also be divided: train/ and test/ (or val/), each with one sub-fold
 Named data sets are kept as <name>.npz in `data_folders()`. data/README.md has hosts and licences.
 """
 
-import ast
 import os
-import sys
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from pathlib import Path
@@ -32,9 +29,10 @@ from pathlib import Path
 import numpy as np
 
 from nanogen import UserError
-from nanogen.data import drawing, phonemes, prompts, scenes, songs, utterances, voices
+from nanogen.data import scenes, songs, utterances, voices
+from nanogen.data.made import MADE, made_once
 from nanogen.data.sources import SAMPLE_RATE, SOURCES, TESTS, download, read_folder, visible_files
-from nanogen.files import explained, fingerprint, make_folder, read_npz, write_atomically
+from nanogen.files import explained, fingerprint, make_folder, read_npz, writable, write_npz
 
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
 KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
@@ -42,7 +40,9 @@ KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things":
          "utterances": "sounds", "songs": "sounds", "all": "sounds", "recordings": "sounds"}
 JOINED = ("all", "recordings")  # made of other data sets
 LEFT_OUT = "jackson"  # the speaker of fsdd that recordings do not have
-ALL = {"fsdd": None, "utterances": 2_000, "songs": 1_000}  # how many training clips of each
+ALL = {"fsdd": None, "utterances": 1_000, "songs": 500}  # how many training clips of each
+CLIP_ARRAYS = ("waveform", "digits", "speakers", "offsets", "is_test", "speaker_names",
+               "sample_rate")  # of a file of sounds; all others are columns
 WITHOUT = "-without-"  # fsdd-without-jackson
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -210,17 +210,6 @@ def data_folders() -> list[Path]:
     return [Path(path).expanduser() for path in (own, checkout, "~/.cache/nanogen") if path]
 
 
-def writable(folder: Path) -> bool:
-    """Whether it can be written, or made. One that is marked read-only is spared, even by root."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    return there.is_dir() and os.access(there, os.W_OK) and bool(there.stat().st_mode & 0o200)
-
-
-def write_cache(path: Path, arrays: dict[str, np.ndarray]) -> None:
-    """Not compressed: that makes reading three times as fast."""
-    write_atomically(path, lambda temporary: np.savez(temporary, **arrays))
-
-
 # ---- downloaded: cifar10, fsdd
 
 def load_downloaded(name: str, folders: list[Path]) -> Dataset:
@@ -233,7 +222,7 @@ def load_downloaded(name: str, folders: list[Path]) -> Dataset:
         if folder is None:
             raise UserError(f"{folders[0]} cannot be written: set NANOGEN_DATA to another folder.")
         path, arrays = folder / f"{name}.npz", download(name, make_folder(folder))
-        write_cache(path, arrays)
+        write_npz(path, arrays, compressed=False)
     sentence = f"{path} does not hold {name} ({{reason}}): delete it and run again."
     with explained(sentence, KeyError, ValueError, IndexError):
         return (as_images if name == "cifar10" else as_sounds)(name, arrays)
@@ -294,7 +283,7 @@ def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
     columns = {"waveforms": np.split(arrays["waveform"].astype(np.float32) / 32768, offsets[1:-1]),
                "labels": arrays["digits"].astype(np.int64),
                "speakers": arrays["speakers"].astype(np.int64),
-               **{key: values for key, values in arrays.items() if key not in NOT_COLUMNS}}
+               **{key: values for key, values in arrays.items() if key not in CLIP_ARRAYS}}
     train, test = (choose(columns, np.flatnonzero(rows)) for rows in (~is_test, is_test))
     classes = list(songs.MOODS) if name == "songs" else list("0123456789")
     names = {"labels": classes, "speakers": arrays["speaker_names"].tolist()}
@@ -318,79 +307,3 @@ def load_made(name: str, folders: list[Path], count: int | None) -> Dataset:
             columns["prompts"] = scenes.captions(*looks)
     names = {"background": scenes.BACKGROUNDS, "color": scenes.COLORS, "facing": scenes.FACINGS}
     return replace(data, names=data.names | {key: list(names[key]) for key in names}, count=count)
-
-
-def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
-    """All of one of MADE, read from the first folder that has <name>.npz; else made and kept.
-    The file carries a fingerprint of the code without comments: if it differs, all is made anew."""
-    make, total, modules, announce = MADE[name]
-    sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
-    code = fingerprint(*[ast.unparse(ast.parse(source)) for source in sources])
-    for folder in folders:  # what is absent or damaged is made again, in a minute
-        with suppress(Exception), np.load(folder / f"{name}.npz", allow_pickle=False) as file:
-            if str(file["fingerprint"]) == code:
-                return {key: file[key] for key in file.files if key != "fingerprint"}
-    print(announce, file=sys.stderr)
-    arrays = make(total, max(2, total // 10))
-    for folder in filter(writable, folders):
-        with suppress(UserError):  # on a full disk the data serves without being kept
-            write_cache(folder / f"{name}.npz", arrays | {"fingerprint": np.array(code)})
-            break
-    return arrays
-
-
-def drawn(make, names: tuple[str, ...]):
-    """A function (train count, test count) -> arrays as `as_images` takes them. make: (count, seed,
-    is it the test?) -> columns; names: of the classes."""
-    def draw(*counts: int) -> dict[str, np.ndarray]:
-        arrays = {"class_names": np.array(names)}
-        for seed, (part, count) in enumerate(zip(("train", "test"), counts, strict=True)):
-            columns = make(count, seed, part == "test")
-            arrays |= {f"{part}_{column}": np.array(columns[column]) for column in columns}
-        return arrays
-
-    return draw
-
-
-def recorded(make, speakers: int):
-    """A function (train count, test count) -> arrays as `as_sounds` takes them. make: (count, seed,
-    speakers) -> columns. The test has a fifth as many speakers, none of them in training. Labels
-    are stored as "digits", as in fsdd.npz."""
-    def record(train_count: int, test_count: int, speakers: int = speakers, **settings) -> dict:
-        train = make(train_count, 0, speakers, **settings)
-        test = make(test_count, 1, speakers // 5, **settings)
-        test["speaker"] = test["speaker"] + train["speaker"].max() + 1
-        clips = train.pop("waveforms") + test.pop("waveforms")
-        arrays = {key: np.concatenate([train[key], test[key]]) for key in train}
-        arrays["digits"], arrays["speakers"] = arrays.pop("labels"), arrays.pop("speaker")
-        return arrays | {
-            "waveform": np.round(32768 * np.concatenate(clips)).astype(np.int16),
-            "offsets": np.cumsum([0] + [len(clip) for clip in clips]),
-            "is_test": np.repeat([False, True], [len(part["labels"]) for part in (train, test)]),
-            "speaker_names": np.array([f"voice {i}" for i in range(arrays["speakers"].max() + 1)]),
-            "sample_rate": np.array(voices.RATE),
-        }
-
-    return record
-
-
-NOT_COLUMNS = ("waveform", "digits", "speakers", "offsets", "is_test", "speaker_names",
-               "sample_rate")
-DRAWING = (scenes, drawing, prompts)
-MADE = {  # name -> how it is made, how many to learn from, by which modules, what to announce
-    "scenes": (drawn(lambda count, seed, test: scenes.make(count, seed), scenes.THINGS), 50_000,
-               DRAWING[:2], "Drawing 55,000 scenes: a minute, once."),
-    "prompts": (drawn(prompts.make, scenes.THINGS), 40_000, DRAWING,
-                "Drawing 44,000 scenes from texts: two minutes, once."),
-    "clips": (drawn(prompts.make_clips, scenes.THINGS), 6_000, DRAWING,
-              "Drawing 6,600 clips: half a minute, once."),
-    "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING,
-               "Drawing 22,000 scenes: a minute, once."),
-    "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING, "Drawing a subject."),
-    "voices": (recorded(voices.make, 200), 8_000, (voices, phonemes),
-               "Speaking 8,800 digits: a minute, once."),
-    "utterances": (recorded(utterances.make, 400), 6_000, (utterances, voices, phonemes),
-                   "Speaking 6,600 rows of digits: a minute and a half, once."),
-    "songs": (recorded(songs.make, 100), 2_000, (songs, voices, phonemes),
-              "Singing 2,200 songs: two minutes, once."),
-}
