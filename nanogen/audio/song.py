@@ -92,26 +92,23 @@ class Chain(nn.Module):
                 temperature: float, rng: torch.Generator) -> songs.Song:
         """A song that begins with these symbols: theme, mood, tempo. words: sung in turn, repeated
         if too few; notes: tone and length of each. An empty list: the chain draws them. A bar's
-        chord is drawn before its notes, but from those that contain its first tone, if typed."""
-        chain, mood, tones = list(begun), songs.VOCABULARY[begun[1]], [tone for tone, _ in notes]
-        typed = {"chord": iter(()), "word": itertools.cycle(words), "tone": iter(tones),
-                 "length": (length for _, length in notes)}
-        count = 0  # notes so far
+        chord comes before its notes; if they are typed, it is drawn from those that fit."""
+        chain, words, left = list(begun), itertools.cycle(words), list(notes)
         while (allowed := songs.possible(chain)).any():
             kind = songs.VOCABULARY[int(allowed.argmax())].split()[0]
-            if kind == "chord" and notes:
-                allowed &= [tones[count] % 12 in {note % 12 for note in songs.chord_notes(
-                    int(name[-1]), mood, 0)} if name.startswith("chord") else False
-                    for name in songs.VOCABULARY]
-                allowed |= songs.possible(chain) & ~allowed.any()  # a tone outside the scale
-            if (value := next(typed[kind], None)) is not None:
-                chain.append(songs.VOCABULARY.index(f"{kind} {value}"))
+            if kind == "word" and (word := next(words, None)):
+                chain.append(songs.VOCABULARY.index(f"word {word}"))
+            elif kind == "tone" and left:
+                tone, length = left.pop(0)
+                chain += [songs.VOCABULARY.index(f"tone {tone}"),
+                          songs.VOCABULARY.index(f"length {length}")]
             else:
+                if kind == "chord" and left:
+                    allowed &= songs.fitting(left[0][0], songs.VOCABULARY[begun[1]])
                 logits = self(torch.tensor([chain], device=self.always.device))[0, -1].cpu()
                 logits[~torch.from_numpy(allowed)] = -torch.inf
                 p = (logits / max(temperature, 1e-3)).softmax(0)
                 chain.append(int(torch.multinomial(p, 1, generator=rng)))
-            count += kind == "length"
         return songs.from_symbols(chain)
 
 

@@ -128,6 +128,15 @@ def possible(chain: list[int]) -> np.ndarray:
         kind != "length" or int(name.split()[1]) <= 4 - filled % 4) for name in VOCABULARY])
 
 
+def fitting(tone: int, mood: str) -> np.ndarray:
+    """Which symbols are chords that contain this tone, bool (len(VOCABULARY),). All, if no chord
+    does: the tone is outside the scale."""
+    degrees = [degree for degree in range(1, 8)
+               if tone % 12 in {note % 12 for note in chord_notes(degree, mood, 0)}]
+    names = [f"chord {degree}" for degree in degrees or range(1, 8)]
+    return np.array([name in names for name in VOCABULARY])
+
+
 # ---- what a person types
 
 def read_prompt(text: str, rng: np.random.Generator) -> list[int]:

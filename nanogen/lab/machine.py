@@ -18,6 +18,11 @@ from torch import nn
 from nanogen import UserError
 from nanogen.files import reason
 
+# Numbers below 1e-38 count as 0. A CPU computes with them a hundred times slower, and the gradient
+# of silence is full of them: without this, the codec trains at a fourth of the speed. Set before
+# torch starts its threads, which inherit it.
+torch.set_flush_denormal(True)
+
 
 @functools.cache
 def device() -> torch.device:
