@@ -65,9 +65,10 @@ class Listener(Method):
         """(B, T) and (B,) samples -> a vector for each frame, (B, T / 128 + 1, width), and bool (B,
         T / 128 + 1), which frames are no padding. In eval mode, padding changes nothing."""
         x = self.standardize(log_mel(waveforms.float(), hop=HOP))
-        if self.training:  # else a codec's small errors would sound like another voice
-            level = self.config.jitter * torch.rand(len(x), 1, 1, device=x.device)
-            x = x + level * torch.randn_like(x)
+        if self.training:  # else a codec, which blurs and adds noise, would change the voice
+            blur, level = torch.rand(2, len(x), 1, 1, device=x.device)
+            around = F.avg_pool2d(x[:, None], 3, 1, padding=1, count_include_pad=False)[:, 0]
+            x = torch.lerp(x, around, blur) + self.config.jitter * level * torch.randn_like(x)
         there = torch.arange(x.shape[2], device=x.device) <= lengths[:, None] // HOP
         h = self.inp(x * there[:, None])
         for block in self.blocks:

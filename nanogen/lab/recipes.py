@@ -29,7 +29,9 @@ def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dic
     the method's only one."""
     known = recipes(method)
     usual = known.get("fsdd" if kind == "sounds" else "cifar10")
-    found = known.get(whole(data)) or usual or next(iter(known.values()), {"default": {}})
+    found = known.get(whole(data), {})
+    if not found or (name == "default" and name not in found):  # none, or only that of the tour
+        found = usual or next(iter(known.values()), {"default": {}})
     if name not in found:
         raise UserError(f"{method} has no recipe {name!r} for {data}: "
                         f"choose from {', '.join(found)}.")

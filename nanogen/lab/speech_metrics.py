@@ -12,16 +12,18 @@ the measurement itself.
 import time
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from nanogen.data import songs, utterances, voices
 from nanogen.data.datasets import Dataset
 from nanogen.data.sources import SAMPLE_RATE
-from nanogen.lab import sound_metrics
+from nanogen.lab import machine, sound_metrics
 from nanogen.lab.dubbing import dub, listen
 from nanogen.lab.runs import Run
 from nanogen.lab.sample import cut, sample, write_samples
 from nanogen.listener import Listener, edits, equal_error_rate
+from nanogen.method import Method
 
 STRETCHES = (0.7, 1.4)  # times the natural length
 PROMPT_SECONDS = (0.5, 1.0, 2.0)  # of the voice prompt
@@ -70,6 +72,15 @@ def evaluate_listener(listener: Listener, dataset: Dataset) -> dict:
     return result
 
 
+@torch.no_grad()
+def codec_copies(codec: Method, clips: list[np.ndarray]) -> list[np.ndarray]:
+    """Clips (T,), encoded and decoded: the best that a model of the codec's latents can reach."""
+    with machine.autocast(torch.float32):
+        sounds = [torch.from_numpy(clip)[None].to(machine.device()) for clip in clips]
+        copies = [codec.decode_latents(codec.latents(sound))[0].cpu().numpy() for sound in sounds]
+    return [copy[: len(clip)] for copy, clip in zip(copies, clips, strict=True)]
+
+
 def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,
                     settings: dict) -> dict:
     """Metrics of n test recordings: their first part is the voice prompt, by a voice that training
@@ -80,52 +91,51 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     first, second, words = parts(test, rows)
     speakers, language = test["speakers"][rows], test["language"][rows, 1]
     names = np.array(run.names["languages"])
-    _, of_prompts = listen(listener, first)
+    of_prompts = listen(listener, first)[1]
+    every, few = slice(None), slice(None, None, 2)  # few: where much is drawn
 
-    def say(clips: list, chosen=slice(None), **more) -> tuple[dict, list, dict]:
-        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": clips[chosen],
+    def say(voices: list, chosen: slice, **more) -> dict:
+        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": voices[chosen],
                  "languages": list(names[language[chosen]])}
-        start = time.perf_counter()
-        drawn = sample(run, len(asked["prompts"]), asked, seed, batch_size=25, **settings | more)
-        taken.append(time.perf_counter() - start)
-        heard, vectors = listen(listener, cut(drawn))
-        right = {"words_right": score_of(words[chosen], heard),
-                 "voice_error": voice_error(vectors, of_prompts[chosen], speakers[chosen])}
-        return right, heard, drawn
+        return sample(run, len(asked["prompts"]), asked, seed, batch_size=25, **settings | more)
 
-    taken: list[float] = []  # seconds of each call of `sample`
-    natural, said, drawn = say(first)
-    heard, vectors = listen(listener, second)
-    lengths = drawn["lengths"] / SAMPLE_RATE
-    result = {"samples": len(rows), "seconds_per_sound": taken[0] / len(rows)} | natural
+    def judged(clips: list, chosen: slice) -> tuple[dict, list]:
+        heard, vectors = listen(listener, clips)
+        error = voice_error(vectors, of_prompts[chosen], speakers[chosen])
+        return {"words_right": score_of(words[chosen], heard), "voice_error": error}, heard
+
+    start = time.perf_counter()
+    drawn = say(first, every)
+    seconds = (time.perf_counter() - start) / len(rows)
+    right, heard = judged(cut(drawn), every)
+    result = {"samples": len(rows), "seconds_per_sound": seconds} | right
     for code, name in enumerate(names):
         chosen = np.flatnonzero(language == code)
         if len(chosen):
             result[f"words_right_{name}"] = score_of([words[i] for i in chosen],
-                                                  [said[i] for i in chosen])
-    result |= {"words_right_real": score_of(words, heard),
-               "voice_error_real": voice_error(vectors, of_prompts, speakers),
-               "seconds": lengths.mean().item(),
-               "seconds_real": np.mean([len(clip) for clip in second]).item() / SAMPLE_RATE}
-    few = slice(0, None, 2)  # every second one: what follows takes six times as long
+                                                     [heard[i] for i in chosen])
+    for suffix, clips in (("real", second), ("codec", codec_copies(run.model.codec, second))):
+        result |= {f"{name}_{suffix}": value for name, value in judged(clips, every)[0].items()}
     for stretch in STRETCHES:
-        result[f"at {stretch:g} times the length"] = say(first, few, tempo=1 / stretch)[0]
-    for seconds in PROMPT_SECONDS:
-        shorter = [clip[: int(seconds * SAMPLE_RATE)] for clip in first]
-        result[f"prompt of {seconds:g} s"] = say(shorter, few)[0]
-    for source in range(len(names)):  # the first parts are dubbed into all languages
+        clips = cut(say(first, few, tempo=1 / stretch))
+        result[f"at {stretch:g} times the length"] = judged(clips, few)[0]
+    for long in PROMPT_SECONDS:
+        shorter = [clip[: int(long * SAMPLE_RATE)] for clip in first]
+        result[f"prompt of {long:g} s"] = judged(cut(say(shorter, few)), few)[0]
+    for source, name in enumerate(names):  # the first parts are dubbed into all languages
         ours = np.flatnonzero(test["language"][rows, 0] == source)[:DUBBED]
-        both = [test["words"][rows[i]] for i in ours]
-        digits = [row[row >= 0][: -len(words[i])] % 10 for row, i in zip(both, ours, strict=True)]
-        for target in range(len(names)) if len(ours) else ():
-            dubbed = dub(run, listener, [first[i] for i in ours], names[target], seed, **settings)
-            heard, vectors = listen(listener, [clip for clip, *_ in dubbed])
-            off = [abs(len(clip) / len(first[i]) - 1) for (clip, *_), i
-                   in zip(dubbed, ours, strict=True)]
-            result[f"{names[source]} to {names[target]}"] = {
+        clips, digits = [first[i] for i in ours], []
+        for i in ours:  # of the first part: all words but those of the second
+            both = test["words"][rows[i]]
+            digits.append((both[both >= 0] % 10)[: -len(words[i])])
+        for target, other in enumerate(names) if len(ours) else ():
+            dubbed = [clip for clip, *_ in dub(run, listener, clips, other, seed, **settings)]
+            heard, vectors = listen(listener, dubbed)
+            result[f"{name} to {other}"] = {
                 "words_right": score_of([list(10 * target + row) for row in digits], heard),
                 "voice_error": voice_error(vectors, of_prompts[ours], speakers[ours]),
-                "length_error": max(off)}
+                "length_error": max(abs(len(new) / len(old) - 1)
+                                    for new, old in zip(dubbed, clips, strict=True))}
     write_samples(drawn, run, run.folder / "samples")
     return result | run.record["sampling"] | settings
 
@@ -157,10 +167,11 @@ def evaluate_songs(run: Run, dataset: Dataset, listener: Listener, n: int, seed:
     scores = [songs.from_text(text) for text in drawn["thoughts"]]
     clips = cut(drawn)
     result = {"samples": len(rows), "seconds_per_sound": seconds / len(rows)}
+    real, written = ([test[name][i] for i in rows] for name in ("waveforms", "scores"))
+    written = [songs.from_text(str(text)) for text in written]
     for suffix, sounds, sung, roots in (
-            ("", clips, scores, [key] * len(clips)),
-            ("_real", [test["waveforms"][i] for i in rows],
-             [songs.from_text(str(test["scores"][i])) for i in rows], test["root"][rows])):
+            ("", clips, scores, [key] * len(clips)), ("_real", real, written, test["root"][rows]),
+            ("_codec", codec_copies(run.model.codec, real), written, test["root"][rows])):
         words = [[songs.WORDS.index(word) for word, *_ in score.notes] for score in sung]
         cents = np.concatenate([off_pitch(*each) for each in zip(sounds, sung, roots, strict=True)])
         result |= {f"words_right{suffix}": score_of(words, listen(listener, sounds)[0]),

@@ -4,7 +4,7 @@
     python -m nanogen compare --data cifar10 --minutes 5     -> runs/compare-cifar10/index.html
     python -m nanogen list
 
-The tour trains twelve methods for half a minute to two minutes each, by the recipes named "tour":
+The tour trains fourteen methods for half a minute to two minutes each, by the recipes named "tour":
 small networks on small images, clips and voices, all made by code. It shows each idea at work.
 The comparison gives every way to make an image the same data and the same minutes. Both go on where
 they were stopped.
@@ -23,7 +23,7 @@ from nanogen.lab.runs import Run, train_run
 from nanogen.method import METHODS, find
 
 SIZES = {"scenes": 12_000, "voices": 2_000, "things": 3_000, "prompts": 4_000, "clips": 600,
-         "subject": 5}  # of the data sets of the tour
+         "subject": 5, "utterances": 600, "songs": 600}  # of the data sets of the tour
 STORY = {  # what the tour trains, in this order, and what it says of each
     "pixel_ar": "An image as a chain of color values. Each pixel costs a pass, so it has only 8x8.",
     "tokenizer": "An image as 16 tokens, each the index of one of 1,024 codes.",
@@ -37,6 +37,8 @@ STORY = {  # what the tour trains, in this order, and what it says of each
     "personalize": "Five images teach the model of texts a new word, by small additions to it.",
     "codec": "A sound as 62.5 frames a second of a few tokens each. Digits, before and after.",
     "audio_lm": "A chain of those tokens: the model speaks a digit in a given voice.",
+    "speech": "Digits in three languages, in the voice of a clip: what follows it is filled in.",
+    "song": "Words and a melody are composed as symbols, then sung to strings.",
 }
 VARIANTS = {"mar": [{"head": "mse"}, {"head": "diffusion"}, {"head": "flow"}]}  # all are compared
 COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
@@ -46,6 +48,7 @@ COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
     "class_accuracy": "class accuracy", "precision": "precision", "recall": "recall",
     "looks / background": "background right", "looks / color": "color right",
     "background": "background right", "subject": "subject recognised",
+    "words_right": "words right", "cents": "cents off",
 }
 NOTE = """After longer trainings, the order of the methods may be another one. Tokenizers are
 trained for the same minutes once more and shared; a base's minutes include the network of the
@@ -61,8 +64,9 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
             for method in STORY}
     sets = {name: load(name, count=sizes[name]) for name in dict.fromkeys(data.values())}
-    for name in recipes("judge").keys() & sets.keys():
-        trained("judge", sets[name], {}, folder, "tour")
+    for judge in ("judge", "listener"):
+        for name in recipes(judge).keys() & sets.keys():
+            trained(judge, sets[name], {}, folder, "tour")
     if "prompts" in sets:
         trained("reader", load("things", count=sizes["things"]), {}, folder, "tour")
     rows, runs = [], []
