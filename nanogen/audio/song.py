@@ -115,7 +115,7 @@ class Chain(nn.Module):
 class Song(Method):
     """A chain that composes, and a velocity field for latents (B, F, dim) on a frozen codec."""
 
-    data, output, encodes = "sounds", "waveforms", True
+    data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 60
     conditions = {"prompts": "text", "lyrics": "optional text", "tunes": "optional text"}
     columns = ("symbols", "frames")
     times = staticmethod(partial(fm.logit_normal_times, mean=-0.5, std=1.2))

@@ -76,7 +76,7 @@ class Speech(Method):
     """A velocity field for latents (B, F, dim), given phonemes and a voice, on a frozen codec. NaN
     marks a frame to draw, so that one tensor `known` holds both values and mask."""
 
-    data, output, encodes = "sounds", "waveforms", True
+    data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 60
     conditions = {"prompts": "text", "languages": "class", "voices": "optional sound"}
     columns = ("frames", "durations", "begin", "language")
     times = staticmethod(partial(fm.logit_normal_times, mean=-0.5, std=1.2))

@@ -33,7 +33,7 @@ DUBBED = 10  # clips of each language that are dubbed into all
 def score_of(wanted: list[list[int]], heard: list[list[int]]) -> float:
     """The fraction of words right, over all sounds; a sound has at most as many edits as words."""
     wrong = sum(min(edits(said, got), len(said)) for said, got in zip(wanted, heard, strict=True))
-    return 1 - wrong / sum(map(len, wanted))
+    return 1 - float(wrong) / sum(map(len, wanted))
 
 
 def words_right(listener: Listener, clips: list[np.ndarray], words: np.ndarray) -> float:
