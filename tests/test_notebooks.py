@@ -24,6 +24,7 @@ SMALL = """
 import sys
 sys.path.insert(0, "..")
 from nanogen.lab import recipes, runs
+from nanogen.listener import Listener
 from nanogen.method import find
 
 WIDTHS = {"meanflow": (32, 32, 32), "codec": (8, 8, 8), "judge": (16, 16, 16),
@@ -50,6 +51,12 @@ def small_train_run(method, data, overrides, folder, **named):
     return train_run(method, data, overrides, folder, **named)
 
 
+def two_words(*inputs):  # a listener after three steps hears dozens
+    found, voices = hear(*inputs)
+    return [[*row, 3][:2] for row in found], voices
+
+
+hear, Listener.listen = Listener.listen, two_words
 all_recipes, train_run = recipes.recipes, runs.train_run
 recipes.recipes, runs.train_run = small_recipes, small_train_run
 """

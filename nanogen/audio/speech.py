@@ -212,8 +212,7 @@ def typical_frames(symbols: Tensor) -> Tensor:
 
 class Durations(nn.Module):
     """Phonemes, their language and the slowness -> the logarithm of each one's number of frames.
-    The slowness is the logarithm of how many times longer than at ordinary tempo they are together.
-    Slow speech stretches vowels more than plosives."""
+    The slowness is the logarithm of how many times longer than at ordinary tempo they are."""
 
     def __init__(self, width: int, depth: int, heads: int):
         super().__init__()
