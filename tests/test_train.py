@@ -359,6 +359,11 @@ def test_a_budget_below_zero_is_refused_and_not_an_endless_run(budget):
 # ---- the machine
 
 
+def test_numbers_that_a_cpu_is_slow_with_count_as_0_in_all_threads():
+    assert (torch.full((10**6,), 1e-30) * 1e-9 == 0).all()  # enough for every thread to help
+
+
+
 def test_precision_can_be_said_and_everything_is_described(monkeypatch):
     a = torch.ones(4, 4)
     for name in ("float32", "bfloat16"):

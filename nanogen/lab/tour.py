@@ -167,8 +167,10 @@ PROMPT_METRICS = {"looks / things": "kind and color", "relation / relation": "re
                   "sign / sign": "sign", "sum / sign": "sum", "many / count": "number",
                   "edits / all": "edit", "thing": "thing in clip", "direction": "direction",
                   "subject": "subject", "others": "other things", "count_accuracy": "count"}
-SPEECH_METRICS = {"words_right": "words right", "words_right_real": "words right of recordings",
-                  "voice_error": "voice error", "voice_error_real": "voice error of recordings",
+SPEECH_METRICS = {"words_right": "words right", "words_right_codec": "of codec copies",
+                  "words_right_real": "of recordings", "voice_error": "voice error",
+                  "voice_error_codec": "voices of codec copies",
+                  "voice_error_real": "voices of recordings",
                   "at 0.7 times the length / words_right": "0.7 times as long",
                   "at 1.4 times the length / words_right": "1.4 times as long",
                   "cents": "cents off", "within_50_cents": "notes right"}
