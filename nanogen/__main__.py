@@ -67,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             near = suggestion(rest[0].partition("=")[0], command._option_string_actions)
             command.error(f"unrecognized arguments: {' '.join(rest)}{near}")
         COMMANDS[name][0](options)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `nanogen list | head` has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     except UserError as error:
         print(f"nanogen: {error}", file=sys.stderr)
         return 2 if isinstance(error, Misuse) else 1
