@@ -77,7 +77,7 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
         run = trained(method, dataset, {}, folder, "tour")
         slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
         slow = slow or "prompts" in model.conditions
-        metrics = evaluate(run, 60 if slow else 300, dataset)
+        metrics = evaluate(run, 40 if slow else 300, dataset)
         rows.append(row_of(method, run, metrics))
         runs.append(run.folder)
     minutes = (time.monotonic() - start) / 60
