@@ -235,7 +235,7 @@ def load_all(folder: Path | None, count: int | None) -> Dataset:
     for number, (name, most) in enumerate(ALL.items()):
         if count and name in SOURCES:
             continue
-        part = load(name, folder, count and count // 2 + 1)
+        part = load(name, folder, count and count // 2 + 1)  # half from each of the two
         for side, columns, fraction in zip(sides, (part.train, part.test), (1, 10), strict=True):
             clips = columns["waveforms"][: most and most // fraction]
             side["waveforms"] += clips

@@ -25,8 +25,8 @@ def recipes(method: str) -> dict:
 
 
 def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dict:
-    """The recipe for a data set. One without its own gets cifar10's, or fsdd's if it is sounds, or
-    the method's only one."""
+    """The recipe for a data set. One without its own, or with one for the tour alone, gets
+    cifar10's, or fsdd's if it is sounds, or the method's first one."""
     known = recipes(method)
     usual = known.get("fsdd" if kind == "sounds" else "cifar10")
     found = known.get(whole(data), {})
