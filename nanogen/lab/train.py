@@ -97,10 +97,11 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
         if world > 1:
             dist.broadcast(shared := torch.tensor(done, device=device), 0)
             done = shared.item()
-        return done
+        return min(done, 1.0)
 
+    fraction = used()
     with ctrl_c() as interrupted:
-        while (fraction := used()) < 1:
+        while fraction < 1:
             rise = (step + 1) / max(options.warmup, 1)
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -121,7 +122,8 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             update_ema(ema, model, step, options.ema)
             progress.add({"loss": loss, "gradient_norm": norm, **metrics})
             due = folder and rank == 0 and time.monotonic() - saved > options.save_every
-            percent = int(100 * progress.fraction(step) + 1e-9)  # 100 x 29 / 100 is 28.99...
+            fraction = used()  # read once: the last step ends the loop and gets its line
+            percent = int(100 * fraction + 1e-9)  # 100 x 29 / 100 is 28.99...
             if percent > progress.percent or due or interrupted:
                 check_finite(loss, norm, step, options, folder)  # keep the last good state
             if percent > progress.percent or interrupted:
@@ -135,8 +137,6 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             if interrupted:
                 raise KeyboardInterrupt
     progress.bar.close()
-    if progress.sums:  # steps that no line of the log has
-        check_finite(loss, norm, step, options, folder)
     if folder and rank == 0:
         save_state(folder, model, ema, optimizers, step, time.monotonic() - start, log)
     model.load_state_dict(ema)
