@@ -54,12 +54,14 @@ def test_the_frames_of_a_song_say_what_sounds():
     score = songs.compose(np.random.default_rng(1))
     clip, frames = songs.perform(score, 52, Speaker()), songs.to_frames(score, 52)
     assert abs(len(frames) - len(clip) / HOP) <= 1
-    _, tones, roots, keys = frames.T
+    _, tones, *strings, since = frames.T
     first = score.notes[0]
     held = round(first[2] * score.eighth * RATE / HOP)
     assert (tones[: held - 1] == 52 + first[1]).all()
-    assert set(roots) == {songs.chord_notes(chord, score.mood, 52)[0] for chord in score.chords}
-    assert set(keys) == {104 + (score.mood == "sad")}
+    middles = [round((4 * bar + 2.5) * score.eighth * RATE / HOP) for bar in range(4)]
+    assert [tuple(part[middle] for part in strings) for middle in middles] == [
+        songs.chord_notes(chord, score.mood, 52) for chord in score.chords]
+    assert (since == 0).sum() == 8 and since[0] == 0  # a beat: two eighths
     sung = [SYMBOLS[number] for number in frames[: held - 1, 0]]
     assert list(dict.fromkeys(sung)) == songs.SYLLABLES[first[0]].split()
 
@@ -129,9 +131,9 @@ def test_the_chain_never_sees_the_future():
 
 def test_each_part_of_the_score_changes_the_velocity():
     model, x = tiny_song(), torch.randn(1, 10, 8)
-    frames = torch.tensor([5, 60, 48, 100]).expand(1, 10, 4)
+    frames = torch.tensor([5, 60, 48, 52, 55, 10]).expand(1, 10, 6)
     before = model.velocity(x, torch.tensor([0.5]), frames)
-    for part in range(4):
+    for part in range(6):
         other = frames.clone()
         other[0, 4, part] += 1
         assert (model.velocity(x, torch.tensor([0.5]), other) - before).abs().max() > 1e-5

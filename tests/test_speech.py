@@ -46,6 +46,26 @@ def say(model, texts=("314", "2"), languages=(0, 1), voices=None, **settings):
 # ---- recordings of two parts
 
 
+def test_a_recording_played_faster_is_higher_and_its_phonemes_move_with_it(recordings):
+    sounds = pad_sequence([torch.tensor(clip) for clip in recordings["waveforms"]], True)
+    frames, begin = (torch.tensor(recordings[name]) for name in ("frames", "begin"))
+    torch.manual_seed(0)
+    changed, moved, new_begin = speech.other_voices(sounds, frames, begin, 0.15)
+    for i in range(len(sounds)):
+        start, first = int(new_begin[i]), frames[i, begin[i]]
+        assert first in moved[i, start : start + 2] and not moved[i, start - 3 : start].any()
+        assert changed[i, (moved[i] >= 0).sum() * utterances.HOP + 200 :].abs().max() < 0.01
+    tone = torch.sin(torch.arange(sounds.shape[1]) * 2 * torch.pi * 200 / RATE).expand_as(sounds)
+    torch.manual_seed(0)
+    higher = speech.other_voices(tone, frames, begin, 0.15)[0][:, :RATE]  # a second of each
+    hertz = ((higher[:, 1:] >= 0) & (higher[:, :-1] < 0)).sum(1)
+    factors = (frames >= 0).sum(1) / (moved >= 0).sum(1)
+    assert torch.allclose(hertz / 200, factors, rtol=0.03) and factors.max() - factors.min() > 0.1
+    same = speech.other_voices(sounds, frames, begin, 0.0)
+    assert torch.allclose(same[0][:, : sounds.shape[1]], sounds, atol=1e-4)
+    assert torch.equal(same[2], begin)
+
+
 def test_the_truth_about_a_recording_fits_its_sound(recordings):
     for i, clip in enumerate(recordings["waveforms"]):
         frames, begin = recordings["frames"][i], recordings["begin"][i]

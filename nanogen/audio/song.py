@@ -2,7 +2,7 @@
 
     prompt           "a sad slow song about night"
     chain            chord, then word, tone, length of each note, ...           composes
-    frames           which phoneme, note, chord and key belong to each 16 ms
+    frames           which phoneme, note and strings belong to each 16 ms
     flow matching    from noise (t=0) to the codec's latents (t=1), all at once  sings
 
 A Transformer chains what can be written down, words and notes, symbol by symbol: about 30 steps. A
@@ -44,7 +44,8 @@ from nanogen.blocks.text import to_texts
 from nanogen.data import songs, utterances
 from nanogen.method import Method, Requirement, check, check_numbers
 
-SIZES = len(utterances.SYMBOLS), 128, 128, 256  # numbers of phonemes, notes, chords and keys
+PHONEMES, NOTES, SINCE = len(utterances.SYMBOLS), 128, 64  # SINCE: frames after a pluck
+HIDDEN = PHONEMES, NOTES, NOTES, NOTES, NOTES, SINCE  # the next number means that it is hidden
 
 
 @dataclass
@@ -128,7 +129,8 @@ class Song(Method):
         self.latents = Standardizer(dim)
         self.chain = Chain(config.chain_width, config.chain_depth, config.heads,
                            config.chain_dropout)
-        self.meaning = nn.ModuleList(nn.Embedding(size + 1, config.width) for size in SIZES)
+        self.phonemes, self.notes, self.strings, self.since = (
+            nn.Embedding(size + 1, config.width) for size in (PHONEMES, NOTES, NOTES, SINCE))
         self.field = FrameField(dim, dim, config.width, config.depth, config.heads)
 
     @staticmethod
@@ -136,7 +138,7 @@ class Song(Method):
         return Requirement("codec", {}, data="all")
 
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Songs -> "latents" float32 (N, F, dim), "frames" int64 (N, F, 4), -1 after the end, and
+        """Songs -> "latents" float32 (N, F, dim), "frames" int64 (N, F, 6), -1 after the end, and
         "symbols" int64 (N, S)."""
         latents = self.codec.latents(batch["waveforms"]).float()
         latents = F.pad(latents, (0, 0, 0, batch["frames"].shape[1] - latents.shape[1]))
@@ -146,11 +148,12 @@ class Song(Method):
         self.latents.measure(data["latents"][data["frames"][..., 0] >= 0])
 
     def velocity(self, x_t: Tensor, t: Tensor, frames: Tensor) -> Tensor:
-        """x_t: (B, F, dim), t: (B,), frames: int64 (B, F, 4), see `songs.to_frames`, -1 where there
-        is no frame, SIZES where it is hidden -> (B, F, dim)."""
-        meaning = sum(embedding(part.clamp(min=0)) for embedding, part
-                      in zip(self.meaning, frames.unbind(-1), strict=True))
-        return self.field(x_t, t, meaning, frames[..., 0] >= 0)
+        """x_t: (B, F, dim), t: (B,), frames: int64 (B, F, 6), see `songs.to_frames`, -1 where there
+        is no frame, HIDDEN where its score is -> (B, F, dim)."""
+        there, frames = frames[..., 0] >= 0, frames.clamp(min=0)
+        meaning = self.phonemes(frames[..., 0]) + self.notes(frames[..., 1])
+        meaning = meaning + self.strings(frames[..., 2:5]).sum(-2) + self.since(frames[..., 5])
+        return self.field(x_t, t, meaning, there)
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
         """Flow matching of a part of each song, given its score; and the cross-entropy of the
@@ -200,7 +203,7 @@ class Song(Method):
 
 def hide(frames: Tensor) -> Tensor:
     """The same, with "hidden" in every column of each frame that is there."""
-    return torch.where(frames >= 0, torch.tensor(SIZES, device=frames.device), frames)
+    return torch.where(frames >= 0, torch.tensor(HIDDEN, device=frames.device), frames)
 
 
 Model = Song

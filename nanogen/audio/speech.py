@@ -60,13 +60,15 @@ class Config:
     depth: int = 6  # blocks
     heads: int = 4  # attention heads
     window: int = 192  # frames of 16 ms that one training step sees of a recording: its last ones
+    speed: float = 0.15  # ours: recordings are played up to this fraction faster or slower
     duration_width: int = 96  # features of a phoneme in the network of durations
     duration_depth: int = 2  # its blocks
     text_dropout: float = 0.1  # fraction of recordings trained without text, for guidance
     voice_dropout: float = 0.15  # fraction trained without a voice prompt
 
     def __post_init__(self):
-        check_numbers(self, window=(self.window >= 16, "at least 16"))
+        check_numbers(self, window=(self.window >= 16, "at least 16"),
+                      speed=(0 <= self.speed < 1, "from 0 to below 1"))
         for name in ("width", "duration_width"):
             even = getattr(self, name) % (2 * self.heads) == 0
             check(self, **{name: (even, "a multiple of 2 * heads")})
@@ -79,6 +81,7 @@ class Speech(Method):
     data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 60
     conditions = {"prompts": "text", "languages": "class", "voices": "optional sound"}
     columns = ("frames", "durations", "begin", "language")
+    encoding_fields = ("speed",)
     times = staticmethod(partial(fm.logit_normal_times, mean=-0.5, std=1.2))
 
     def __init__(self, config: Config, base: nn.Module):
@@ -101,10 +104,13 @@ class Speech(Method):
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
         """Recordings -> "latents" float32 (N, F, dim), "frames" int64 (N, F), the phonemes, -1
         after the end, "durations" (N, P, 2), "begin", the first frame to draw, "language" (N,)."""
-        latents = self.codec.latents(batch["waveforms"]).float()
-        latents = F.pad(latents, (0, 0, 0, batch["frames"].shape[1] - latents.shape[1]))
-        return {"latents": latents, "frames": batch["frames"], "durations": batch["durations"],
-                "begin": batch["begin"], "language": batch["language"][:, 1]}
+        waveforms, frames, begin = batch["waveforms"], batch["frames"], batch["begin"]
+        if self.config.speed:
+            waveforms, frames, begin = other_voices(waveforms, frames, begin, self.config.speed)
+        latents = self.codec.latents(waveforms).float()
+        latents = F.pad(latents, (0, 0, 0, frames.shape[1] - latents.shape[1]))
+        return {"latents": latents, "frames": frames, "durations": batch["durations"],
+                "begin": begin, "language": batch["language"][:, 1]}
 
     def measure(self, data: dict[str, Tensor]) -> None:
         self.latents.measure(data["latents"][data["frames"] >= 0])
@@ -202,6 +208,23 @@ class Speech(Method):
         clip = clip[-max(LEAST, most - PAUSE) * self.codec.hop :]
         clip = torch.cat([clip, clip.new_zeros(PAUSE * self.codec.hop)])
         return self.latents(self.codec.latents(clip[None]).float())[0]
+
+
+def other_voices(waveforms: Tensor, frames: Tensor, begin: Tensor, speed: float):
+    """Play each sound (B, T) up to `speed` faster or slower: pitch and resonances move together, so
+    each recording is by a voice of its own (Ko et al. 2015, "Audio Augmentation for Speech
+    Recognition"). Frames (B, F) and begin (B,) move with it."""
+    total, slowest = waveforms.shape[1], 1 / (1 - speed)
+    speeds = 1 + speed * (2 * torch.rand(len(waveforms), device=waveforms.device) - 1)
+    changed = waveforms.new_zeros(len(waveforms), int(total * slowest) + 1)
+    for row, sound, factor in zip(changed, waveforms, speeds.tolist(), strict=True):
+        size = int(total / factor)  # irfft of another length resamples; it divides by n
+        row[:size] = torch.fft.irfft(torch.fft.rfft(sound), n=size) * (size / total)
+    middle = torch.arange(int(frames.shape[1] * slowest) + 1, device=frames.device) + 0.5
+    index = (middle * speeds[:, None]).long()  # (B, frames), the frame that sounds there
+    last = frames.shape[1] - 1
+    moved = frames.take_along_dim(index.clamp(max=last), 1).where(index <= last, -1)
+    return changed, moved, (begin / speeds).long()
 
 
 def typical_frames(symbols: Tensor) -> Tensor:

@@ -225,9 +225,9 @@ def perform(song: Song, root: int, speaker: Speaker, seed: int = 0) -> np.ndarra
 
 
 def to_frames(song: Song, root: int) -> np.ndarray:
-    """What sounds in each frame of 16 ms, int64 (F, 4): the phoneme, the MIDI numbers of the note
-    and of the chord's root, and the key: 2 * root + mood. Nothing is random in `phones_of`, so
-    these are the times at which `sing` sings."""
+    """What sounds in each frame of 16 ms, int64 (F, 6): the phoneme, the MIDI numbers of the note
+    and of the three strings, and the number of frames since they were plucked. Nothing is random
+    in `phones_of`, so these are the times at which `sing` sings."""
     words, tones, lengths = zip(*song.notes, strict=True)
     ends = np.cumsum([song.eighth * length for length in lengths])
     middle = (np.arange(round(ends[-1] * RATE / HOP)) + 0.5) * HOP / RATE
@@ -235,11 +235,11 @@ def to_frames(song: Song, root: int) -> np.ndarray:
     starts = np.array([start for _, start, _ in spoken])
     symbols = np.array([SYMBOLS.index(symbol) for symbol, *_ in spoken])
     bar = (middle / (4 * song.eighth)).astype(int).clip(max=BARS - 1)
-    roots = np.array([chord_notes(degree, song.mood, root)[0] for degree in song.chords])
+    strings = np.array([chord_notes(degree, song.mood, root) for degree in song.chords])
+    since = (middle % (2 * song.eighth) * RATE / HOP).astype(int)
     note = np.searchsorted(ends, middle).clip(max=len(tones) - 1)
-    key = np.full(len(middle), 2 * root + list(MOODS).index(song.mood))
-    return np.stack([symbols[np.searchsorted(starts, middle, side="right") - 1],
-                     root + np.array(tones)[note], roots[bar], key], axis=1)
+    return np.column_stack([symbols[np.searchsorted(starts, middle, side="right") - 1],
+                            root + np.array(tones)[note], strings[bar], since])
 
 
 def make(count: int, seed: int = 0, singers: int = 100) -> dict:
@@ -251,7 +251,7 @@ def make(count: int, seed: int = 0, singers: int = 100) -> dict:
     int64 (N,)."""
     voices = [Speaker.random(np.random.default_rng([seed, 0, i])) for i in range(singers)]
     most = round(2 * BARS * 60 / min(TEMPOS.values()) * RATE / HOP)
-    shapes = {"words": (12,), "symbols": (LONGEST,), "frames": (most, 4), "root": (), "labels": (),
+    shapes = {"words": (12,), "symbols": (LONGEST,), "frames": (most, 6), "root": (), "labels": (),
               "speaker": ()}
     columns = {name: np.full((count, *shape), -1) for name, shape in shapes.items()}
     waveforms, prompts, scores = [], [], []
