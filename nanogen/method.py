@@ -48,6 +48,7 @@ METHODS = {  # name -> module; modules are imported when they are used
     "listener": "nanogen.listener",
     "speech": "nanogen.audio.speech",
     "song": "nanogen.audio.song",
+    "omni": "nanogen.omni",
 }
 
 

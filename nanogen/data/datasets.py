@@ -36,8 +36,9 @@ from nanogen.files import explained, fingerprint, make_folder, read_npz, writabl
 
 MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
 KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
-         "subject": "images", "clips": "videos", "fsdd": "sounds", "voices": "sounds",
-         "utterances": "sounds", "songs": "sounds", "all": "sounds", "recordings": "sounds"}
+         "numbers": "images", "subject": "images", "clips": "videos", "fsdd": "sounds",
+         "voices": "sounds", "utterances": "sounds", "songs": "sounds", "all": "sounds",
+         "recordings": "sounds"}
 JOINED = ("all", "recordings")  # made of other data sets
 LEFT_OUT = "jackson"  # the speaker of fsdd that recordings do not have
 ALL = {"fsdd": None, "utterances": 1_000, "songs": 500}  # how many training clips of each

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from nanogen import UserError
-from nanogen.data import drawing, phonemes, prompts, scenes, songs, utterances, voices
+from nanogen.data import drawing, numbers, phonemes, prompts, scenes, songs, utterances, voices
 from nanogen.files import fingerprint, writable, write_npz
 
 
@@ -81,6 +81,9 @@ MADE = {  # name -> how it is made, how many to learn from, by which modules, wh
               "Drawing 6,600 clips: half a minute, once."),
     "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING,
                "Drawing 22,000 scenes: a minute, once."),
+    "numbers": (drawn(numbers.make, list("0123456789")), 20_000,
+                (*DRAWING, numbers, voices, phonemes), "Drawing and speaking 22,000 numbers: "
+                "five minutes, once."),
     "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING, "Drawing a subject."),
     "voices": (recorded(voices.make, 200), 8_000, (voices, phonemes),
                "Speaking 8,800 digits: a minute, once."),

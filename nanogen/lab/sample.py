@@ -85,7 +85,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
         drawn = ask(run, model.sample, batch, seed=machine.seed_of(seed, i), **grow, **settings)
         growth.append([to_uint8(moment) for moment in drawn.pop("frames", [])])
         outputs.append(drawn)
-    arrays = gather(outputs, model.output)
+    arrays = gather(outputs)
     for name, kind in model.conditions.items():
         if kind in ("class", "text", "optional text"):
             arrays[name] = np.array(chosen[name], dtype=np.int64 if kind == "class" else str)
@@ -194,12 +194,13 @@ def ask(run: "Run", function, *inputs, **settings):
             return function(*inputs, **settings)
 
 
-def gather(outputs: list[dict[str, Tensor]], kind: str) -> dict[str, np.ndarray]:
-    """The outputs of all batches as arrays."""
+def gather(outputs: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
+    """The outputs of all batches as arrays: images, videos, waveforms, thoughts, what there is."""
     thoughts = sum((drawn.get("thoughts", []) for drawn in outputs), [])
     said = {"thoughts": np.array(thoughts)} if thoughts else {}
-    if kind != "waveforms":
-        return {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])} | said
+    if "waveforms" not in outputs[0]:
+        return said | {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])
+                       for kind in ("images", "videos") if kind in outputs[0]}
     clips = []
     for drawn in outputs:
         pairs = zip(drawn["waveforms"], drawn["lengths"].tolist(), strict=True)
@@ -224,7 +225,7 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
             if path.stem.isdigit():
                 path.unlink()
     files.write_npz(out / "samples.npz", drawn)
-    if run.model.output == "waveforms":
+    if "waveforms" in drawn:
         total = len(drawn["lengths"])
         chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
         clips = cut({name: drawn[name][chosen] for name in ("waveforms", "lengths")})
@@ -233,12 +234,14 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
                             if name in drawn and drawn[name][i] != "") for i in chosen]
         numbers = [f"{i:03}" for i in chosen]
         return write_sounds(clips, numbers, titles, out, 10 if total >= 10 else total)
+    if not {"images", "videos"} & drawn.keys():
+        return files.write_text(out / "texts.txt", "\n".join(drawn["thoughts"]) + "\n")
     images = drawn["images"] if "images" in drawn else drawn["videos"][:, 0]
     images = images[np.linspace(0, len(images) - 1, min(len(images), 200)).astype(int)]
     columns = 10 if len(images) % 10 == 0 else 8
     files.write_atomically(out / "grid.png", grid(images, columns).save)
     moments, name = growth, "process.gif"
-    if run.model.output == "videos":
+    if "videos" in drawn:
         moments, name = list(drawn["videos"].swapaxes(0, 1)), "videos.gif"
     if len(moments):
         few = np.linspace(0, len(moments[0]) - 1, min(30, len(moments[0]))).astype(int)

@@ -1,0 +1,62 @@
+"""Metrics of a model of texts, images and sounds: does the same number arrive, all six ways?
+
+The reader looks at an image: the number on its sign, or how many things it shows. The listener
+writes down the digit of a sound. A caption is read word by word. Test examples go the same way, to
+show what reader and listener miss themselves.
+"""
+
+import numpy as np
+
+from nanogen.data import numbers
+from nanogen.data.datasets import Dataset
+from nanogen.lab.dubbing import listen
+from nanogen.lab.prompt_metrics import read
+from nanogen.lab.runs import Run
+from nanogen.lab.sample import cut, sample, write_samples
+from nanogen.listener import Listener
+from nanogen.reader import Reader, read_sign
+
+GIVEN = {"text": "prompts", "image": "sources", "sound": "voices"}  # part -> condition
+
+
+def seen(reader: Reader, images: np.ndarray) -> list[int]:
+    """The number that each image (N, 32, 32, 3) shows; -1: none."""
+    signs = [read_sign(image) for image in images]
+    counts = [len(things) for things in read(reader, images)[0]]
+    return [int(sign) if sign.isdecimal() else count if not sign and count > 1 else -1
+            for sign, count in zip(signs, counts, strict=True)]
+
+
+def heard(listener: Listener, clips: list[np.ndarray]) -> list[int]:
+    """The one digit of each clip (T,), plus 10 times the number of its language; -1: none."""
+    return [words[0] if len(words) == 1 else -1 for words in listen(listener, clips)[0]]
+
+
+def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Listener, n: int,
+                     seed: int, settings: dict) -> dict:
+    """The fraction of numbers that arrive, for each pair of parts, on n held-out combinations."""
+    rows = np.linspace(0, len(dataset.test["images"]) - 1, n).astype(int)
+    test = {name: [values[i] for i in rows] for name, values in dataset.test.items()}
+    clips = [np.trim_zeros(clip, "b").astype(np.float32) / 32768 for clip in test["clips"]]
+    wanted, language = np.array(test["number"]), np.array(test["language"])
+    given = {"text": test["prompts"], "image": test["images"], "sound": clips}
+    result = {"samples": n, "image_real": np.mean(seen(reader, np.stack(test["images"])) == wanted),
+              "sound_real": np.mean(heard(listener, clips) == 10 * language + wanted)}
+    for source in GIVEN:
+        for target in GIVEN:
+            if source == target:
+                continue
+            drawn = sample(run, n, {GIVEN[source]: given[source]}, seed, batch_size=50,
+                           **settings | {"ask": target})
+            if target == "image":
+                found = np.array(seen(reader, drawn["images"]))
+                write_samples(drawn, run, run.folder / "samples")
+            elif target == "text":
+                found = np.array([numbers.number_in(text) for text in drawn["thoughts"]])
+            else:
+                words = np.array(heard(listener, cut(drawn)))
+                found = np.where(words < 0, -1, words % 10)
+            result[f"{source} to {target}"] = float(np.mean(found == wanted))
+            if (source, target) == ("text", "sound"):
+                result["language right"] = float(np.mean(words // 10 == language))
+    return result | run.record["sampling"] | settings

@@ -1,0 +1,243 @@
+"""Omni: text, image and sound in one sequence, one Transformer, and a small head for each.
+
+    caption          image              sound
+    a red dog ...    64 patches         50 frames        any of them may be hidden
+        |               |                  |
+        +---------- one Transformer, all see all ---------+
+        |               |                  |
+    softmax          flow head          flow head        draw what is hidden, a few at a time
+
+A number is read, seen and heard: a caption, a drawing with a sign "7" (or so many things), and a
+voice that says it. One network learns all six ways from one to another: text to image, image to
+text, text to sound, sound to text, and image to sound and back. Words are tokens of a vocabulary,
+and the head gives their probabilities. Patches of pixels, and the latents of a codec, are vectors,
+and a flow head draws them (blocks/heads.py): time runs from t=0, noise, to t=1, data.
+
+Training asks for one part of each example, of which a random number of tokens is hidden; of the two
+other parts both, one or none are given. Sampling asks for the same: it begins with all of the part
+hidden and draws some tokens in each pass, as MaskGIT and MAR do. Guidance compares with the case
+that nothing is given.
+
+    python -m nanogen train omni --data numbers
+    python -m nanogen sample runs/omni-numbers --prompt "a red dog on grass with a sign that says 7"
+    python -m nanogen sample runs/omni-numbers --voice seven.wav --ask image
+
+Sources: Mizrahi et al. 2023, "4M" (masks across all modalities); Li et al. 2024, "MAR" (a flow head
+for vectors); Zhou et al. 2024, "Transfusion" (words and vectors in one Transformer); Chang et al.
+2022, "MaskGIT". Different here: one part is asked for at a time; vectors, not codes, for image and
+sound, each with its own head.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from nanogen.blocks.heads import make_head
+from nanogen.blocks.sampling import draw, guided, halton_ranks, reveal_schedule
+from nanogen.blocks.standardize import Standardizer
+from nanogen.blocks.text import to_texts
+from nanogen.blocks.transformer import Transformer, grid_positions, rotary_angles, zeroed
+from nanogen.data import numbers
+from nanogen.data.voices import RATE
+from nanogen.method import Method, Requirement, check, check_numbers, choose
+
+PARTS = ("text", "image", "sound")
+PATCH = 4  # pixels on a side of a patch
+HIDDEN = 1  # the token of a hidden word; 0: the end
+VOCABULARY = len(numbers.WORDS) + 2
+
+
+@dataclass
+class Config:
+    width: int = 256  # features of a token
+    depth: int = 6  # blocks
+    heads: int = 4  # attention heads
+    head: str = "flow"  # of image and sound: flow, or mse, to compare
+    head_width: int = 256  # features inside such a head
+    head_depth: int = 2  # its layers
+    head_repeat: int = 2  # noises for each token of a training batch
+    alone: float = 0.7  # fraction of the examples of which only one other part is given
+    nothing: float = 0.1  # fraction of which nothing is given, for guidance
+    size: int = 32  # side of the images in pixels
+
+    def __post_init__(self):
+        choose(self, head=("flow", "mse"))
+        check_numbers(self, nothing=(self.alone + self.nothing <= 1, "at most 1 - alone"))
+        check(self, width=(self.width % (4 * self.heads) == 0, "a multiple of 4 * heads"),
+              size=(self.size % PATCH == 0, f"a multiple of {PATCH}"))
+
+
+class Omni(Method):
+    """A Transformer over three parts, and a head for each of them."""
+
+    encodes, samples_to_judge = True, 100
+    conditions = {"prompts": "optional text", "sources": "optional image",
+                  "voices": "optional sound"}
+    columns = ("tokens", "clips")
+
+    def __init__(self, config: Config, base: nn.Module):
+        super().__init__()
+        self.freeze(codec=base)
+        self.config, width, grid = config, config.width, config.size // PATCH
+        self.frames = -(-round(numbers.SECONDS * RATE) // base.hop)
+        self.counts = numbers.LONGEST, grid**2, self.frames  # tokens of each part
+        dims = 3 * PATCH**2, base.config.dim
+        self.patches, self.latents = map(Standardizer, dims)
+        self.words = nn.Embedding(VOCABULARY, width)
+        nn.init.normal_(self.words.weight, std=0.5)
+        self.inputs = nn.ModuleList(nn.Linear(dim, width) for dim in dims)
+        self.mask = nn.Parameter(0.2 * torch.randn(2, width))  # a hidden patch, a hidden frame
+        self.local = nn.ModuleList([nn.Conv2d(width, width, 3, padding=1),
+                                    nn.Conv1d(width, width, 3, padding=1)])
+        self.part = nn.Parameter(0.2 * torch.randn(3, width))
+        self.asked = nn.Embedding(3, width)  # which part is drawn: the condition of all layers
+        self.transformer = Transformer(width, config.depth, config.heads)
+        self.to_words = zeroed(nn.Linear(width, VOCABULARY), adamw=True)
+        self.draws = nn.ModuleList(
+            make_head(config.head, dim, width, config.head_width, config.head_depth,
+                      config.head_repeat) for dim in dims)
+        chains = [torch.stack([torch.arange(count)] * 2, dim=1) for count in self.counts]
+        places = torch.cat([chains[0], grid_positions(grid, grid), chains[2]])
+        angles = rotary_angles(places, width // config.heads)
+        self.register_buffer("angles", angles, persistent=False)
+        self.register_buffer("halton", halton_ranks(grid), persistent=False)
+
+    @staticmethod
+    def requires(config: Config) -> Requirement:
+        return Requirement("codec", {}, data="all")
+
+    # ---- examples <-> three lists of tokens
+    def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        """-> "text" int64 (N, 14), "image" (N, 64, 48), "sound" float32 (N, 50, 32)."""
+        clips = batch["clips"].float() / 32768
+        clips = F.pad(clips, (0, self.frames * self.codec.hop - clips.shape[1]))
+        return {"text": batch["tokens"], "image": self.to_patches(batch["images"]),
+                "sound": self.codec.latents(clips).float()}
+
+    def measure(self, data: dict[str, Tensor]) -> None:
+        self.patches.measure(data["image"])
+        self.latents.measure(data["sound"])
+
+    def to_patches(self, images: Tensor) -> Tensor:
+        """(B, 3, H, W) -> (B, patches, 48)."""
+        return F.pixel_unshuffle(images, PATCH).flatten(2).transpose(1, 2).contiguous()
+
+    def to_images(self, patches: Tensor) -> Tensor:
+        """The inverse, of standardized patches; in [-1, 1]."""
+        square = self.patches.inverse(patches).transpose(1, 2)
+        side = self.config.size // PATCH
+        return F.pixel_shuffle(square.unflatten(2, (side, side)), PATCH).clamp(-1, 1)
+
+    # ---- the network
+    def hidden_states(self, text: Tensor, image: Tensor, sound: Tensor, asked: Tensor) -> Tensor:
+        """text: int64 (B, 14), HIDDEN where it is hidden; image, sound: standardized vectors, NaN
+        where hidden; asked: int64 (B,), the part to draw -> (B, 128, width)."""
+        rows = [self.words(text)]
+        for x, embed, mask, local in zip((image, sound), self.inputs, self.mask, self.local,
+                                         strict=True):
+            h = torch.where(x[..., :1].isnan(), mask, embed(x.nan_to_num())).transpose(1, 2)
+            square = h.unflatten(2, (self.config.size // PATCH, -1)) if x is image else h
+            rows.append((h + local(square).flatten(2)).transpose(1, 2))
+        rows = [row + part for row, part in zip(rows, self.part, strict=True)]
+        return self.transformer(torch.cat(rows, dim=1), self.angles, condition=self.asked(asked))
+
+    def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
+        """The losses of the three heads, on hidden tokens of the part that is asked for: text for
+        the first third of the batch, then image, then sound."""
+        parts = [batch["text"], self.patches(batch["image"]), self.latents(batch["sound"])]
+        count, device = len(parts[0]), parts[0].device
+        asked = torch.arange(count, device=device) * 3 // count
+        chance, config = torch.rand(count, device=device), self.config
+        first = torch.rand(count, device=device) < 0.5  # which of the two others, if only one
+        seen = []
+        for number, part in enumerate(parts):
+            earlier = number == (asked + 1) % 3  # of the two others
+            given = torch.where(chance < config.nothing, False,
+                                (chance > config.nothing + config.alone) | (first == earlier))
+            # Of what is asked for, each number of tokens is hidden equally often.
+            order = torch.rand(part.shape[:2], device=device).argsort(1).argsort(1)
+            fraction = torch.rand(count, 1, device=device)
+            hidden = torch.where((asked == number)[:, None],
+                                 order <= fraction * part.shape[1], ~given[:, None])
+            seen.append(part.masked_fill(hidden, HIDDEN) if number == 0
+                        else part.masked_fill(hidden[..., None], torch.nan))
+            if number == 0:
+                wrong = hidden
+        states = self.hidden_states(*seen, asked).split(self.counts, dim=1)
+        rows = asked == 0
+        logits = self.to_words(states[0][rows]).float()
+        nats = F.cross_entropy(logits.flatten(0, 1), parts[0][rows].flatten(), reduction="none")
+        losses = {"text": (nats * wrong[rows].flatten()).sum() / wrong[rows].sum()}
+        for number, head in enumerate(self.draws, start=1):
+            rows = asked == number
+            hidden = seen[number][rows][..., 0].isnan()
+            losses[PARTS[number]] = head.loss(parts[number][rows][hidden],
+                                              states[number][rows][hidden])
+        return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
+
+    @torch.no_grad()
+    def sample(self, conditions: dict[str, Tensor], *, ask: str = "image", steps: int = 16,
+               guidance: float = 2.0, temperature: float = 1.0, head_steps: int = 8,
+               seed: int = 0) -> dict:
+        """Takes "prompts" (B, L), captions, "sources" (B, 3, H, W), images, "voices" (B, T),
+        sounds; an empty text, a black image and silence are not given. ask: image, sound or text
+        -> {"images"}, {"waveforms", "lengths"} or {"thoughts"}, texts. steps: passes; head_steps:
+        of the flow head; temperature: of words."""
+        if ask not in PARTS:
+            raise ValueError(f"ask must be one of {', '.join(PARTS)}, got {ask!r}")
+        number, seen = PARTS.index(ask), self.read(conditions)
+        count, device = self.counts[number], seen[0].device
+        batch, rng = len(seen[0]), torch.Generator(device).manual_seed(seed)
+        asked = torch.full((2 * batch,), number, device=device)
+        seen[number] = seen[number].fill_(HIDDEN if number == 0 else torch.nan)
+        nothing = [torch.full_like(seen[0], HIDDEN),
+                   *(torch.full_like(part, torch.nan) for part in seen[1:])]
+        order = torch.rand(batch, count, generator=rng, device=device).argsort(1)
+        if ask == "image":
+            order = self.halton.argsort().expand(batch, count)
+        elif ask == "text":
+            order = torch.arange(count, device=device).expand(batch, count)
+        before = 0
+        for after in reveal_schedule(count, count if ask == "text" else min(steps, count)):
+            nothing[number] = seen[number]
+            both = [torch.cat(pair) for pair in zip(seen, nothing, strict=True)]
+            states = self.hidden_states(*both, asked).split(self.counts, dim=1)[number]
+            now = order[:, before:after]
+            z = states.take_along_dim(now.repeat(2, 1)[..., None], dim=1)
+            if ask == "text":
+                logits = guided(*self.to_words(z).float().chunk(2), guidance)
+                logits[..., HIDDEN] = -torch.inf
+                seen[0] = seen[0].scatter(1, now, draw(logits, rng, temperature))
+            else:
+                z, without = z.flatten(0, 1).chunk(2)
+                new = self.draws[number - 1].sample(z, head_steps, 1.0, rng, without, guidance)
+                new = new.view(batch, after - before, -1)
+                seen[number] = seen[number].scatter(1, now[..., None].expand_as(new), new)
+            before = after
+        if ask == "text":
+            return {"thoughts": [numbers.to_caption(row) for row in seen[0].tolist()]}
+        if ask == "image":
+            return {"images": self.to_images(seen[1])}
+        sounds = self.codec.decode_latents(self.latents.inverse(seen[2]))
+        return {"waveforms": sounds, "lengths": torch.full((batch,), sounds.shape[1])}
+
+    def read(self, conditions: dict[str, Tensor]) -> list[Tensor]:
+        """What is given -> text, image and sound as `hidden_states` takes them."""
+        images, clips = conditions["sources"], conditions["voices"]
+        text = torch.full((len(images), self.counts[0]), HIDDEN, device=images.device)
+        for row, caption in zip(text, to_texts(conditions["prompts"]), strict=True):
+            if caption:
+                words = numbers.to_tokens(caption)[: len(row)]
+                row.zero_()
+                row[: len(words)] = torch.tensor(words)
+        image = self.patches(self.to_patches(images))
+        clips = F.pad(clips, (0, max(0, self.frames * self.codec.hop - clips.shape[1])))
+        sound = self.latents(self.codec.latents(clips[:, : self.frames * self.codec.hop]).float())
+        image[(images == -1).flatten(1).all(1)] = torch.nan
+        sound[~clips.any(1)] = torch.nan
+        return [text, image, sound]
+
+
+Model = Omni
