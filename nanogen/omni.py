@@ -13,10 +13,13 @@ text, text to sound, sound to text, and image to sound and back. Words are token
 and the head gives their probabilities. Patches of pixels, and the latents of a codec, are vectors,
 and a flow head draws them (blocks/heads.py): time runs from t=0, noise, to t=1, data.
 
-Training asks for one part of each example, of which a random number of tokens is hidden; of the two
-other parts both, one or none are given. Sampling asks for the same: it begins with all of the part
-hidden and draws some tokens in each pass, as MaskGIT and MAR do. Guidance compares with the case
-that nothing is given.
+Training asks for one part of each example, of which the last tokens in some order are hidden; of
+the two other parts both, one or none are given. Sampling asks for the same: it begins with all of
+the part hidden and draws some tokens in each pass, as MaskGIT and MAR do. Guidance compares with
+the case that nothing is given.
+
+One language is never heard with an image in training, only with text. Does the number still get
+from its sounds to an image, straight or by way of text? The metrics say so.
 
     python -m nanogen train omni --data numbers
     python -m nanogen sample runs/omni-numbers --prompt "a red dog on grass with a sign that says 7"
@@ -58,13 +61,18 @@ class Config:
     head_width: int = 256  # features inside such a head
     head_depth: int = 2  # its layers
     head_repeat: int = 2  # noises for each token of a training batch
+    parts: str = "text image sound"  # what is learned: two of them, to compare, or all three
     alone: float = 0.7  # fraction of the examples of which only one other part is given
     nothing: float = 0.1  # fraction of which nothing is given, for guidance
+    ordered: float = 0.8  # fraction whose tokens are hidden in the sampler's order; else at random
+    separate: str = "spanish"  # the language that no image comes with; "": there is none
     size: int = 32  # side of the images in pixels
 
     def __post_init__(self):
-        choose(self, head=("flow", "mse"))
-        check_numbers(self, nothing=(self.alone + self.nothing <= 1, "at most 1 - alone"))
+        choose(self, head=("flow", "mse"), separate=("", *numbers.NAMES), parts=(
+            "text image sound", "text image", "text sound", "image sound"))
+        check_numbers(self, nothing=(self.alone + self.nothing <= 1, "at most 1 - alone"),
+                      ordered=(self.ordered <= 1, "at most 1"))
         check(self, width=(self.width % (4 * self.heads) == 0, "a multiple of 4 * heads"),
               size=(self.size % PATCH == 0, f"a multiple of {PATCH}"))
 
@@ -75,7 +83,7 @@ class Omni(Method):
     encodes, samples_to_judge = True, 100
     conditions = {"prompts": "optional text", "sources": "optional image",
                   "voices": "optional sound"}
-    columns = ("tokens", "clips")
+    columns = ("tokens", "clips", "language")
 
     def __init__(self, config: Config, base: nn.Module):
         super().__init__()
@@ -102,7 +110,9 @@ class Omni(Method):
         places = torch.cat([chains[0], grid_positions(grid, grid), chains[2]])
         angles = rotary_angles(places, width // config.heads)
         self.register_buffer("angles", angles, persistent=False)
-        self.register_buffer("halton", halton_ranks(grid), persistent=False)
+        # The order in which the sampler draws: words and frames from first to last.
+        orders = torch.arange(self.counts[0]), halton_ranks(grid), torch.arange(self.counts[2])
+        self.register_buffer("ranks", torch.cat(orders), persistent=False)
 
     @staticmethod
     def requires(config: Config) -> Requirement:
@@ -110,11 +120,11 @@ class Omni(Method):
 
     # ---- examples <-> three lists of tokens
     def prepare(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        """-> "text" int64 (N, 14), "image" (N, 64, 48), "sound" float32 (N, 50, 32)."""
+        """-> "text" int64 (N, 14), "image" (N, 64, 48), "sound" float32 (N, 50, 32), "language"."""
         clips = batch["clips"].float() / 32768
         clips = F.pad(clips, (0, self.frames * self.codec.hop - clips.shape[1]))
         return {"text": batch["tokens"], "image": self.to_patches(batch["images"]),
-                "sound": self.codec.latents(clips).float()}
+                "sound": self.codec.latents(clips).float(), "language": batch["language"]}
 
     def measure(self, data: dict[str, Tensor]) -> None:
         self.patches.measure(data["image"])
@@ -143,38 +153,51 @@ class Omni(Method):
         rows = [row + part for row, part in zip(rows, self.part, strict=True)]
         return self.transformer(torch.cat(rows, dim=1), self.angles, condition=self.asked(asked))
 
+    def draw_parts(self, language: Tensor) -> tuple[Tensor, Tensor]:
+        """language: (B,) -> which part each example asks for, int64 (B,), the same number of each;
+        and which it gives, bool (B, 3)."""
+        count, device, config = len(language), language.device, self.config
+        parts = torch.tensor([PARTS.index(name) for name in config.parts.split()], device=device)
+        asked = parts[torch.arange(count, device=device) * len(parts) // count]
+        given = torch.zeros(count, 3, dtype=torch.bool, device=device)
+        given[:, parts] = True
+        given.scatter_(1, asked[:, None], False)
+        chance, coin = torch.rand(2, count, device=device)
+        if len(parts) == 3:  # one of the two others is left out
+            other = (asked + 1 + (coin < 0.5).long()) % 3
+            given &= ~(F.one_hot(other, 3).bool() & (chance < config.alone)[:, None])
+        if config.separate:  # no image with sounds of this language: text takes the place of one
+            there = given | F.one_hot(asked, 3).bool()
+            clash = (language == numbers.NAMES.index(config.separate)) & there[:, 1] & there[:, 2]
+            left_out = torch.where(asked == 0, 1 + (coin < 0.5).long(), 3 - asked)
+            given &= ~(F.one_hot(left_out, 3).bool() & clash[:, None])
+            given[:, 0] |= clash & (asked != 0)
+        return asked, given & (chance < 1 - config.nothing)[:, None]
+
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
-        """The losses of the three heads, on hidden tokens of the part that is asked for: text for
-        the first third of the batch, then image, then sound."""
+        """The losses of the three heads, on hidden tokens of the part that is asked for."""
         parts = [batch["text"], self.patches(batch["image"]), self.latents(batch["sound"])]
-        count, device = len(parts[0]), parts[0].device
-        asked = torch.arange(count, device=device) * 3 // count
-        chance, config = torch.rand(count, device=device), self.config
-        first = torch.rand(count, device=device) < 0.5  # which of the two others, if only one
-        seen = []
-        for number, part in enumerate(parts):
-            earlier = number == (asked + 1) % 3  # of the two others
-            given = torch.where(chance < config.nothing, False,
-                                (chance > config.nothing + config.alone) | (first == earlier))
+        asked, given = self.draw_parts(batch["language"])
+        count, device, seen, wanted = len(asked), asked.device, [], []
+        for number, (part, ranks) in enumerate(zip(parts, self.ranks.split(self.counts),
+                                                   strict=True)):
             # Of what is asked for, each number of tokens is hidden equally often.
-            order = torch.rand(part.shape[:2], device=device).argsort(1).argsort(1)
-            fraction = torch.rand(count, 1, device=device)
-            hidden = torch.where((asked == number)[:, None],
-                                 order <= fraction * part.shape[1], ~given[:, None])
+            at_random = torch.rand(part.shape[:2], device=device).argsort(1).argsort(1)
+            ordered = torch.rand(count, 1, device=device) < self.config.ordered
+            rank = torch.where(ordered, ranks, at_random)
+            left = (torch.rand(count, 1, device=device) * part.shape[1]).long()  # not hidden
+            hidden = torch.where((asked == number)[:, None], rank >= left, ~given[:, number, None])
             seen.append(part.masked_fill(hidden, HIDDEN) if number == 0
                         else part.masked_fill(hidden[..., None], torch.nan))
-            if number == 0:
-                wrong = hidden
+            wanted.append(hidden & (asked == number)[:, None])
         states = self.hidden_states(*seen, asked).split(self.counts, dim=1)
-        rows = asked == 0
-        logits = self.to_words(states[0][rows]).float()
-        nats = F.cross_entropy(logits.flatten(0, 1), parts[0][rows].flatten(), reduction="none")
-        losses = {"text": (nats * wrong[rows].flatten()).sum() / wrong[rows].sum()}
+        losses = {}
+        if wanted[0].any():
+            logits = self.to_words(states[0][wanted[0]]).float()
+            losses["text"] = F.cross_entropy(logits, parts[0][wanted[0]])
         for number, head in enumerate(self.draws, start=1):
-            rows = asked == number
-            hidden = seen[number][rows][..., 0].isnan()
-            losses[PARTS[number]] = head.loss(parts[number][rows][hidden],
-                                              states[number][rows][hidden])
+            if (here := wanted[number]).any():
+                losses[PARTS[number]] = head.loss(parts[number][here], states[number][here])
         return sum(losses.values()), {name: value.detach() for name, value in losses.items()}
 
     @torch.no_grad()
@@ -194,11 +217,7 @@ class Omni(Method):
         seen[number] = seen[number].fill_(HIDDEN if number == 0 else torch.nan)
         nothing = [torch.full_like(seen[0], HIDDEN),
                    *(torch.full_like(part, torch.nan) for part in seen[1:])]
-        order = torch.rand(batch, count, generator=rng, device=device).argsort(1)
-        if ask == "image":
-            order = self.halton.argsort().expand(batch, count)
-        elif ask == "text":
-            order = torch.arange(count, device=device).expand(batch, count)
+        order = self.ranks.split(self.counts)[number].argsort().expand(batch, count)
         before = 0
         for after in reveal_schedule(count, count if ask == "text" else min(steps, count)):
             nothing[number] = seen[number]

@@ -21,7 +21,14 @@ from nanogen.audio.wave_ar import entropy_baselines, mu_law_encode
 from nanogen.blocks.quantize import usage
 from nanogen.data.datasets import Dataset
 from nanogen.judge import Judge
-from nanogen.lab import machine, metrics, prompt_metrics, sound_metrics, speech_metrics
+from nanogen.lab import (
+    machine,
+    metrics,
+    omni_metrics,
+    prompt_metrics,
+    sound_metrics,
+    speech_metrics,
+)
 from nanogen.lab.plots import grid, to_uint8
 from nanogen.lab.prepare import columns, pad, test_columns, to_tensor
 from nanogen.lab.runs import Run, judge
@@ -67,6 +74,10 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
         test = test_columns(run.model, dataset)
         result = accuracies(model, test[dataset.main], test)
         result["test_accuracy"] = result.pop("class_accuracy")
+    elif "clips" in dataset.test:
+        listener = trained_expert("listener", "recordings", beside, dataset.count, quiet).model
+        result = omni_metrics.evaluate_numbers(run, dataset, expert.model, listener, n, seed,
+                                               settings)
     elif isinstance(expert and expert.model, Reader):
         result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
     elif isinstance(expert and expert.model, Listener) and model.kind == "generator":

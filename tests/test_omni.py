@@ -1,0 +1,159 @@
+"""Omni: caption, image and sound say the same number, and any of them can be asked for."""
+
+import numpy as np
+import pytest
+import torch
+from conftest import awake
+
+from nanogen import omni
+from nanogen.audio import codec
+from nanogen.blocks.text import encode_text
+from nanogen.data import numbers
+from nanogen.lab import omni_metrics
+from nanogen.reader import read_sign
+
+
+@pytest.fixture(scope="module")
+def examples():
+    return numbers.make(60, seed=3)
+
+
+def tiny_omni(asleep=False, **fields):
+    torch.manual_seed(0)
+    small = dict(widths=(4, 16, 16), dim=8, codebook_size=16, adversarial=0.0)
+    base = codec.Codec(codec.Config(**small)).eval()
+    tiny = dict(width=32, depth=2, heads=2, head_width=32, head_depth=1)
+    model = omni.Omni(omni.Config(**tiny | fields), base)
+    return model if asleep else awake(model)
+
+
+def batch_of(model, examples):
+    images = torch.tensor(examples["images"]).permute(0, 3, 1, 2).float() / 127.5 - 1
+    batch = model.prepare({"images": images} | {
+        name: torch.tensor(examples[name]) for name in model.columns})
+    model.measure(batch)
+    return batch
+
+
+def ask(model, target, prompt="", image=None, sound=None, **settings):
+    conditions = {"prompts": encode_text([prompt]),
+                  "sources": torch.full((1, 3, 32, 32), -1.0) if image is None else image,
+                  "voices": torch.zeros(1, 1) if sound is None else sound}
+    return model.sample(conditions, ask=target, **dict(steps=4, head_steps=2) | settings)
+
+
+# ---- the data
+
+
+def test_caption_image_and_sound_name_the_same_number(examples):
+    for i, caption in enumerate(examples["prompts"]):
+        number = examples["number"][i]
+        assert numbers.number_in(caption) == number
+        assert numbers.to_caption(examples["tokens"][i]) == caption
+        sign = read_sign(examples["images"][i])
+        assert sign == str(number) or (not sign and 2 <= number <= 4)
+        assert caption.endswith(numbers.NAMES[examples["language"][i]])
+        assert np.abs(examples["clips"][i]).max() > 3000
+    assert len(set(examples["number"])) == 10 and len(set(examples["language"])) == 3
+
+
+def test_no_combination_of_the_test_is_in_the_training():
+    combinations = []
+    for held_out in (False, True):
+        rng = np.random.default_rng(0)
+        drawn = [numbers.draw(rng, held_out) for _ in range(300)]
+        combinations.append({(number, scene.things[0].kind, scene.background)
+                             for number, scene in drawn})
+    assert not combinations[0] & combinations[1]
+
+
+# ---- what training asks for
+
+
+def test_every_part_is_asked_for_and_given_alone_together_and_not_at_all():
+    model = tiny_omni(separate="", alone=0.5, nothing=0.2)
+    asked, given = model.draw_parts(torch.zeros(3000, dtype=torch.long))
+    assert asked.bincount().tolist() == [1000] * 3
+    assert not given.gather(1, asked[:, None]).any()
+    counts = given.sum(1).bincount() / 3000
+    assert torch.allclose(counts, torch.tensor([0.2, 0.5, 0.3]), atol=0.05)
+
+
+def test_no_image_comes_with_a_sound_of_the_separate_language():
+    model, spanish = tiny_omni(), numbers.NAMES.index("spanish")
+    language = torch.arange(3000) % 3
+    asked, given = model.draw_parts(language)
+    there = given | torch.nn.functional.one_hot(asked, 3).bool()
+    both = there[:, 1] & there[:, 2]
+    assert both[language != spanish].any() and not both[language == spanish].any()
+    spoken = language == spanish
+    for part in range(3):  # each part is still learned from the other two, as far as there are any
+        assert given[spoken & (asked == part)].any()
+
+
+def test_two_parts_can_be_learned_alone():
+    asked, given = tiny_omni(parts="text sound").draw_parts(torch.zeros(100, dtype=torch.long))
+    assert set(asked.tolist()) == {0, 2} and not given[:, 1].any() and given[:, 0].any()
+
+
+# ---- the sampler
+
+
+def test_each_part_can_be_asked_for():
+    model = tiny_omni()
+    assert ask(model, "image", "a sign that says 7")["images"].shape == (1, 3, 32, 32)
+    sound = ask(model, "sound", "a sign that says 7, german")
+    assert sound["waveforms"].shape == (1, int(sound["lengths"])) == (1, 50 * 128)
+    assert isinstance(ask(model, "text", image=torch.rand(1, 3, 32, 32))["thoughts"][0], str)
+
+
+@pytest.mark.parametrize("target", omni.PARTS)
+def test_what_is_given_decides_and_the_part_that_is_asked_for_is_not_looked_at(target):
+    model, image, sound = tiny_omni(), torch.rand(1, 3, 32, 32), torch.rand(1, 6400)
+    given = {"prompt": "a sign that says 7", "image": image, "sound": sound}
+    own = {"text": "prompt"}.get(target, target)
+    first = ask(model, target, **given)
+    without = ask(model, target, **{name: value for name, value in given.items() if name != own})
+    key = {"text": "thoughts", "image": "images", "sound": "waveforms"}[target]
+    assert str(first[key]) == str(without[key])
+    if target != "text":  # words of an untrained network are as they come
+        for name in given.keys() - {own}:
+            other = given | {name: "a sign that says 3" if name == "prompt" else -given[name]}
+            assert (ask(model, target, **other)[key] - first[key]).abs().max() > 1e-4
+
+
+def test_what_cannot_be_asked_for_is_named():
+    with pytest.raises(ValueError, match="ask must be one of text, image, sound"):
+        ask(tiny_omni(), "smell")
+
+
+def test_patches_come_back_as_the_image(examples):
+    model = tiny_omni()
+    batch_of(model, examples)
+    image = torch.rand(2, 3, 32, 32) * 2 - 1
+    assert torch.allclose(model.to_images(model.patches(model.to_patches(image))), image, atol=1e-4)
+
+
+def test_a_batch_of_all_three_parts_is_learned(examples):
+    model = tiny_omni(asleep=True)
+    batch = {name: rows[:12] for name, rows in batch_of(model, examples).items()}
+    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
+    for _ in range(80):
+        torch.manual_seed(0)
+        loss, metrics = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(metrics)
+    assert losses[0].keys() == {"text", "image", "sound"}
+    assert all(losses[-1][name] < 0.8 * losses[0][name] for name in losses[0])
+
+
+# ---- the metrics
+
+
+def test_the_number_of_an_image_is_that_of_its_sign_or_of_its_things(monkeypatch):
+    signs = iter(["7", "", "", "77a"])
+    monkeypatch.setattr(omni_metrics, "read_sign", lambda image: next(signs))
+    monkeypatch.setattr(omni_metrics, "read", lambda *_: ([[1], [1, 2, 3], [1], [1]],))
+    assert omni_metrics.seen(None, np.zeros((4, 32, 32, 3))) == [7, 3, -1, -1]
