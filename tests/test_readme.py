@@ -46,10 +46,12 @@ def workplace(tmp_path_factory):
             "codec-fsdd": ("codec", dict(widths=(4, 4, 4), crop=1024)),
             "codec-all": ("codec", dict(widths=(4, 4, 4), crop=1024)),
             "listener-recordings": ("listener", dict(width=16, depth=1)),
-            "listener-songs": ("listener", dict(width=16, depth=1))}
+            "listener-songs": ("listener", dict(width=16, depth=1)),
+            "reader-things": ("reader", dict(widths=(16, 16)))}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NANOGEN_DATA", str(folder))
-        few = ("prompts", "clips", "subject", "utterances", "songs")
+        few = ("prompts", "clips", "subject", "utterances", "songs", "numbers",
+               "things")
         for name in few:  # a few of each, kept as if they were all
             make, _, *rest = datasets.MADE[name]
             patch.setitem(datasets.MADE, name, (make, 20, *rest))
@@ -77,13 +79,13 @@ def test_every_command_runs_in_the_order_of_the_page(workplace, monkeypatch, cap
             words += TINY.get(words[1], "--width 32 --depth 1 --heads 2").split() + QUICK
         if words[0] == "dub":  # an untrained listener may hear nothing
             monkeypatch.setattr(dubbing, "listen", lambda *_: ([[3, 1]], None))
-        if {"--prompt", "--tune"} & set(words):
+        if {"--prompt", "--tune", "--ask"} & set(words):
             words += ["--n", "2", "--steps", "2"]
         if words[0] == "evaluate":
             words += ["--n", "20", "--steps", "2"]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
     written = ("images/grid.png", "report.html", "sounds/000.wav", "three.wav", "dubbed.wav",
-               "said/000.wav", "sung/000.wav")
+               "said/000.wav", "sung/000.wav", "seven/000.wav", "seen/grid.png")
     assert all((workplace / name).exists() for name in written)
     found: dict = {}
     exec(f"import nanogen\n{BLOCKS['python']}", found)
@@ -107,6 +109,21 @@ def test_speech_and_songs_are_measured(workplace, monkeypatch):
         assert (folder / "samples" / "000.wav").exists()
     own = evaluate(load_run(workplace / "runs" / "listener-recordings"), quiet=True)
     assert 0 <= own["words_right"] <= 1 and 0 <= own["voice_error"] <= 1
+
+
+def test_all_six_directions_of_omni_are_measured(workplace, monkeypatch):
+    monkeypatch.setenv("NANOGEN_DATA", str(workplace))
+    small = dict(width=32, depth=1, heads=2, steps=2, batch_size=16, compile=False)
+    folder = workplace / "runs" / "omni-numbers"
+    run = train_run("omni", "numbers", small, folder, resume=True, quiet=True)
+    found = evaluate(run, n=4, quiet=True, steps=2)
+    parts = ("text", "image", "sound")
+    ways = {f"{a} to {b}" for a in parts for b in parts if a != b} | {"sound to text to image"}
+    rates = {name.removesuffix(", spanish"): value for name, value in found.items()
+             if " to " in name}  # both test examples here are Spanish
+    assert rates.keys() == ways and all(0 <= rate <= 1 for rate in rates.values())
+    assert found["image_real"] > 0.4 and "language_right" in found and "judge" in found
+    assert (folder / "samples" / "text-to-sound" / "000.wav").exists()
 
 
 def test_data_without_what_a_method_learns_from_is_refused_at_once(workplace, monkeypatch, capsys):

@@ -59,10 +59,10 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
         return drawn, np.array(heard(listener, cut(drawn)))
 
     def note(name: str, right: np.ndarray) -> None:
-        sounds = "sound" in name and "image" in name
-        result[name] = right[~apart].mean().item() if sounds else right.mean().item()
-        if sounds and apart.any():
-            result[f"{name}, {separate}"] = right[apart].mean().item()
+        rest = ~apart if "sound" in name and "image" in name else apart | True
+        for title, rows in ((name, rest), (f"{name}, {separate}", ~rest)):
+            if rows.any():
+                result[title] = right[rows].mean().item()
 
     for source, target in itertools.permutations(learned, 2):
         drawn, found = draw(source, truth[source], target)
