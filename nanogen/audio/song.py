@@ -15,11 +15,11 @@ never drawn, so a bar always has four eighths. That notes are in the key is lear
     python -m nanogen sample runs/song-songs --prompt "a slow song" --lyric "sun moon day night"
     python -m nanogen sample runs/song-songs --tune "0:2 2:2 4:4 7:1 5:1 4:2 0:4" --key 53
 
-Measured (1,200 steps of 8 songs, 33 minutes on one thread; 60 prompts, one set of samples): the
-median note is 6 cents off (recordings: 8), 99% of the notes are within 50 cents (96%); 90% of the
-words are heard right (93%; once the codec has copied them, 90%); 99.8% of the composed notes are in
+Measured (1,200 steps of 8 songs, 36 minutes on one thread; 60 prompts, one set of samples): the
+median note is 7 cents off (recordings: 8), 99% of the notes are within 50 cents (96%); 89% of the
+words are heard right (93%; once the codec has copied them, 89%); 99.8% of the composed notes are in
 the key. Two things do not work. The strings are noise: notebook 13 measures whether they play the
-chord, with 0.23, as white noise, where recordings have 0.93. And all songs have about one voice.
+chord, with 0.25, as white noise, where recordings have 0.93. And all songs have about one voice.
 
 Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
 "Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
