@@ -38,7 +38,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from nanogen.blocks.heads import make_head
-from nanogen.blocks.sampling import draw, guided, halton_ranks, reveal_schedule
+from nanogen.blocks.sampling import apply_guidance, draw, halton_ranks, reveal_schedule
 from nanogen.blocks.standardize import Standardizer
 from nanogen.blocks.text import to_texts
 from nanogen.blocks.transformer import Transformer, grid_positions, rotary_angles, zeroed
@@ -61,7 +61,7 @@ class Config:
     head_width: int = 256  # features inside such a head
     head_depth: int = 2  # its layers
     head_repeat: int = 2  # noises for each token of a training batch
-    parts: str = "text image sound"  # what is learned: two of them, to compare, or all three
+    parts: str = "text+image+sound"  # what is learned: two of them, to compare, or all three
     alone: float = 0.7  # fraction of the examples of which only one other part is given
     nothing: float = 0.1  # fraction of which nothing is given, for guidance
     ordered: float = 0.8  # fraction whose tokens are hidden in the sampler's order; else at random
@@ -70,7 +70,7 @@ class Config:
 
     def __post_init__(self):
         choose(self, head=("flow", "mse"), separate=("", *numbers.NAMES), parts=(
-            "text image sound", "text image", "text sound", "image sound"))
+            "text+image+sound", "text+image", "text+sound", "image+sound"))
         check_numbers(self, nothing=(self.alone + self.nothing <= 1, "at most 1 - alone"),
                       ordered=(self.ordered <= 1, "at most 1"))
         check(self, width=(self.width % (4 * self.heads) == 0, "a multiple of 4 * heads"),
@@ -157,7 +157,7 @@ class Omni(Method):
         """language: (B,) -> which part each example asks for, int64 (B,), the same number of each;
         and which it gives, bool (B, 3)."""
         count, device, config = len(language), language.device, self.config
-        parts = torch.tensor([PARTS.index(name) for name in config.parts.split()], device=device)
+        parts = torch.tensor([PARTS.index(name) for name in config.parts.split("+")], device=device)
         asked = parts[torch.arange(count, device=device) * len(parts) // count]
         given = torch.zeros(count, 3, dtype=torch.bool, device=device)
         given[:, parts] = True
@@ -171,7 +171,7 @@ class Omni(Method):
             clash = (language == numbers.NAMES.index(config.separate)) & there[:, 1] & there[:, 2]
             left_out = torch.where(asked == 0, 1 + (coin < 0.5).long(), 3 - asked)
             given &= ~(F.one_hot(left_out, 3).bool() & clash[:, None])
-            given[:, 0] |= clash & (asked != 0)
+            given[:, 0] |= clash & (asked != 0) & ("text" in config.parts)
         return asked, given & (chance < 1 - config.nothing)[:, None]
 
     def loss(self, batch: dict[str, Tensor]) -> tuple[Tensor, dict]:
@@ -213,7 +213,8 @@ class Omni(Method):
         number, seen = PARTS.index(ask), self.read(conditions)
         count, device = self.counts[number], seen[0].device
         batch, rng = len(seen[0]), torch.Generator(device).manual_seed(seed)
-        asked = torch.full((2 * batch,), number, device=device)
+        copies = 1 if guidance == 1 else 2  # the second one is given nothing
+        asked = torch.full((copies * batch,), number, device=device)
         seen[number] = seen[number].fill_(HIDDEN if number == 0 else torch.nan)
         nothing = [torch.full_like(seen[0], HIDDEN),
                    *(torch.full_like(part, torch.nan) for part in seen[1:])]
@@ -221,17 +222,18 @@ class Omni(Method):
         before = 0
         for after in reveal_schedule(count, count if ask == "text" else min(steps, count)):
             nothing[number] = seen[number]
-            both = [torch.cat(pair) for pair in zip(seen, nothing, strict=True)]
+            both = [torch.cat(pair[:copies]) for pair in zip(seen, nothing, strict=True)]
             states = self.hidden_states(*both, asked).split(self.counts, dim=1)[number]
             now = order[:, before:after]
-            z = states.take_along_dim(now.repeat(2, 1)[..., None], dim=1)
+            z = states.take_along_dim(now.repeat(copies, 1)[..., None], dim=1)
             if ask == "text":
-                logits = guided(*self.to_words(z).float().chunk(2), guidance)
+                logits = apply_guidance(self.to_words(z).float(), guidance)
                 logits[..., HIDDEN] = -torch.inf
                 seen[0] = seen[0].scatter(1, now, draw(logits, rng, temperature))
             else:
-                z, without = z.flatten(0, 1).chunk(2)
-                new = self.draws[number - 1].sample(z, head_steps, 1.0, rng, without, guidance)
+                z, *without = z.flatten(0, 1).chunk(copies)
+                new = self.draws[number - 1].sample(z, head_steps, 1.0, rng, *without,
+                                                    guidance=guidance)
                 new = new.view(batch, after - before, -1)
                 seen[number] = seen[number].scatter(1, now[..., None].expand_as(new), new)
             before = after

@@ -92,8 +92,11 @@ def test_no_image_comes_with_a_sound_of_the_separate_language():
 
 
 def test_two_parts_can_be_learned_alone():
-    asked, given = tiny_omni(parts="text sound").draw_parts(torch.zeros(100, dtype=torch.long))
+    asked, given = tiny_omni(parts="text+sound").draw_parts(torch.zeros(100, dtype=torch.long))
     assert set(asked.tolist()) == {0, 2} and not given[:, 1].any() and given[:, 0].any()
+    spanish = torch.full((100,), numbers.NAMES.index("spanish"))
+    _, given = tiny_omni(parts="image+sound").draw_parts(spanish)
+    assert not given.any()
 
 
 # ---- the sampler
@@ -120,6 +123,15 @@ def test_what_is_given_decides_and_the_part_that_is_asked_for_is_not_looked_at(t
         for name in given.keys() - {own}:
             other = given | {name: "a sign that says 3" if name == "prompt" else -given[name]}
             assert (ask(model, target, **other)[key] - first[key]).abs().max() > 1e-4
+
+
+def test_guidance_of_one_is_the_model_without_guidance():
+    model = tiny_omni()
+    plain = ask(model, "image", "a sign that says 7", guidance=1.0)["images"]
+    near = ask(model, "image", "a sign that says 7", guidance=1.0001)["images"]
+    assert torch.allclose(plain, near, atol=1e-2)
+    strong = ask(model, "image", "a sign that says 7", guidance=3.0)["images"]
+    assert (strong - plain).abs().max() > 0.05
 
 
 def test_what_cannot_be_asked_for_is_named():
@@ -153,7 +165,8 @@ def test_a_batch_of_all_three_parts_is_learned(examples):
 
 
 def test_the_number_of_an_image_is_that_of_its_sign_or_of_its_things(monkeypatch):
-    signs = iter(["7", "", "", "77a"])
+    signs = iter(["7", "", "", "77a", ""])
     monkeypatch.setattr(omni_metrics, "read_sign", lambda image: next(signs))
-    monkeypatch.setattr(omni_metrics, "read", lambda *_: ([[1], [1, 2, 3], [1], [1]],))
-    assert omni_metrics.seen(None, np.zeros((4, 32, 32, 3))) == [7, 3, -1, -1]
+    monkeypatch.setattr(omni_metrics, "read", lambda *_: (
+        [[1], [1, 2, 3], [1], [1], [1] * 9],))
+    assert omni_metrics.seen(None, np.zeros((5, 32, 32, 3))) == [7, 3, -1, -1, -1]

@@ -25,7 +25,7 @@ def seen(reader: Reader, images: np.ndarray) -> list[int]:
     """The number that each image (N, 32, 32, 3) shows; -1: none."""
     signs = [read_sign(image) for image in images]
     counts = [len(things) for things in read(reader, images)[0]]
-    return [int(sign) if sign.isdecimal() else count if not sign and count > 1 else -1
+    return [int(sign) if sign.isdecimal() else count if not sign and 2 <= count <= 4 else -1
             for sign, count in zip(signs, counts, strict=True)]
 
 
@@ -43,7 +43,7 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
     test = {name: [values[i] for i in rows] for name, values in dataset.test.items()}
     clips = [np.trim_zeros(clip, "b").astype(np.float32) / 32768 for clip in test["clips"]]
     wanted, language = np.array(test["number"]), np.array(test["language"])
-    separate, learned = run.model.config.separate, run.model.config.parts.split()
+    separate, learned = run.model.config.separate, run.model.config.parts.split("+")
     apart = language == numbers.NAMES.index(separate) if separate else language < 0
     truth = {"text": test["prompts"], "image": test["images"], "sound": clips}
     result = {"samples": n, "image_real": np.mean(seen(reader, np.stack(test["images"])) == wanted),
@@ -59,7 +59,8 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
         return drawn, np.array(heard(listener, cut(drawn)))
 
     def note(name: str, right: np.ndarray) -> None:
-        rest = ~apart if "sound" in name and "image" in name else apart | True
+        ours = name.startswith("sound to") and name.endswith("image")
+        rest = ~apart if ours else apart | True
         for title, rows in ((name, rest), (f"{name}, {separate}", ~rest)):
             if rows.any():
                 result[title] = right[rows].mean().item()

@@ -61,7 +61,8 @@ class Run:
         return dataset
 
     def sample(self, n: int = 16, seed: int = 0, **settings):
-        """Draw n images uint8 (n, H, W, 3), videos uint8 (n, T, H, W, 3) or a list of n waveforms.
+        """Draw n images uint8 (n, H, W, 3), videos uint8 (n, T, H, W, 3), a list of n waveforms, or
+        n texts.
         settings: conditions by their singular (label="horse", speaker=["theo", "lucas"]), and
         settings of the sampler (steps, guidance, ...). known: an image or a sound of which a part
         stays, with hole, mask or keep, as for `read_known`. UserError for what does not exist."""
@@ -74,9 +75,9 @@ class Run:
             part = {key: settings.pop(key) for key in ("hole", "mask", "keep") if key in settings}
             known = read_known(self, known, **part)
         drawn = sample(self, n, conditions, seed, known=known, **settings)
-        if self.model.output == "waveforms":
+        if "waveforms" in drawn:
             return cut(drawn)
-        return drawn[self.model.output]
+        return next(drawn[name] for name in ("images", "videos", "thoughts") if name in drawn)
 
 
 # ---- training
