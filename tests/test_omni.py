@@ -3,12 +3,13 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import awake
 
-from nanogen import omni
+from nanogen import UserError, omni
 from nanogen.audio import codec
 from nanogen.blocks.text import encode_text
-from nanogen.data import numbers
+from nanogen.data import numbers, utterances
 from nanogen.lab import omni_metrics
 from nanogen.reader import read_sign
 
@@ -25,6 +26,10 @@ def tiny_omni(asleep=False, **fields):
     tiny = dict(width=32, depth=2, heads=2, head_width=32, head_depth=1)
     model = omni.Omni(omni.Config(**tiny | fields), base)
     return model if asleep else awake(model)
+
+
+def named(caption):
+    return caption.split()[-1] in numbers.NAMES
 
 
 def batch_of(model, examples):
@@ -47,14 +52,27 @@ def ask(model, target, prompt="", image=None, sound=None, **settings):
 
 def test_caption_image_and_sound_name_the_same_number(examples):
     for i, caption in enumerate(examples["prompts"]):
-        number = examples["number"][i]
+        number = examples["labels"][i]
         assert numbers.number_in(caption) == number
-        assert numbers.to_caption(examples["tokens"][i]) == caption
+        assert numbers.to_caption(examples["tokens"][i].tolist()) == caption
         sign = read_sign(examples["images"][i])
         assert sign == str(number) or (not sign and 2 <= number <= 4)
-        assert caption.endswith(numbers.NAMES[examples["language"][i]])
+        assert not named(caption) or caption.endswith(numbers.NAMES[examples["language"][i]])
         assert np.abs(examples["clips"][i]).max() > 3000
-    assert len(set(examples["number"])) == 10 and len(set(examples["language"])) == 3
+    assert len(set(examples["labels"])) == 10 and len(set(examples["language"])) == 3
+    told = sum(map(named, examples["prompts"])) / len(examples["prompts"])
+    assert 0.6 < told < 0.95 and all(map(named, numbers.make(20, held_out=True)["prompts"]))
+
+
+def test_all_numbers_are_equally_frequent():
+    rng = np.random.default_rng(0)
+    drawn = [numbers.draw(rng, bool(i % 2))[0] for i in range(3000)]
+    assert np.abs(np.bincount(drawn) / 3000 - 0.1).max() < 0.02
+
+
+def test_a_caption_names_one_number_or_none():
+    assert numbers.number_in("three red dogs on grass, german") == 3
+    assert numbers.number_in("a red dog") == numbers.number_in("a sign that says 7 4") == -1
 
 
 def test_no_combination_of_the_test_is_in_the_training():
@@ -72,7 +90,7 @@ def test_no_combination_of_the_test_is_in_the_training():
 
 def test_every_part_is_asked_for_and_given_alone_together_and_not_at_all():
     model = tiny_omni(separate="", alone=0.5, nothing=0.2)
-    asked, given = model.draw_parts(torch.zeros(3000, dtype=torch.long))
+    asked, given = model.choose_parts(torch.zeros(3000, dtype=torch.long))
     assert asked.bincount().tolist() == [1000] * 3
     assert not given.gather(1, asked[:, None]).any()
     counts = given.sum(1).bincount() / 3000
@@ -82,8 +100,8 @@ def test_every_part_is_asked_for_and_given_alone_together_and_not_at_all():
 def test_no_image_comes_with_a_sound_of_the_separate_language():
     model, spanish = tiny_omni(), numbers.NAMES.index("spanish")
     language = torch.arange(3000) % 3
-    asked, given = model.draw_parts(language)
-    there = given | torch.nn.functional.one_hot(asked, 3).bool()
+    asked, given = model.choose_parts(language)
+    there = given | F.one_hot(asked, 3).bool()
     both = there[:, 1] & there[:, 2]
     assert both[language != spanish].any() and not both[language == spanish].any()
     spoken = language == spanish
@@ -92,10 +110,10 @@ def test_no_image_comes_with_a_sound_of_the_separate_language():
 
 
 def test_two_parts_can_be_learned_alone():
-    asked, given = tiny_omni(parts="text+sound").draw_parts(torch.zeros(100, dtype=torch.long))
+    asked, given = tiny_omni(parts="text+sound").choose_parts(torch.zeros(100, dtype=torch.long))
     assert set(asked.tolist()) == {0, 2} and not given[:, 1].any() and given[:, 0].any()
     spanish = torch.full((100,), numbers.NAMES.index("spanish"))
-    _, given = tiny_omni(parts="image+sound").draw_parts(spanish)
+    _, given = tiny_omni(parts="image+sound").choose_parts(spanish)
     assert not given.any()
 
 
@@ -107,22 +125,47 @@ def test_each_part_can_be_asked_for():
     assert ask(model, "image", "a sign that says 7")["images"].shape == (1, 3, 32, 32)
     sound = ask(model, "sound", "a sign that says 7, german")
     assert sound["waveforms"].shape == (1, int(sound["lengths"])) == (1, 50 * 128)
-    assert isinstance(ask(model, "text", image=torch.rand(1, 3, 32, 32))["thoughts"][0], str)
+    assert isinstance(ask(model, "text", image=GIVEN["image"])["thoughts"][0], str)
 
 
-@pytest.mark.parametrize("target", omni.PARTS)
-def test_what_is_given_decides_and_the_part_that_is_asked_for_is_not_looked_at(target):
-    model, image, sound = tiny_omni(), torch.rand(1, 3, 32, 32), torch.rand(1, 6400)
-    given = {"prompt": "a sign that says 7", "image": image, "sound": sound}
-    own = {"text": "prompt"}.get(target, target)
-    first = ask(model, target, **given)
-    without = ask(model, target, **{name: value for name, value in given.items() if name != own})
-    key = {"text": "thoughts", "image": "images", "sound": "waveforms"}[target]
-    assert str(first[key]) == str(without[key])
-    if target != "text":  # words of an untrained network are as they come
-        for name in given.keys() - {own}:
-            other = given | {name: "a sign that says 3" if name == "prompt" else -given[name]}
-            assert (ask(model, target, **other)[key] - first[key]).abs().max() > 1e-4
+GIVEN = {"prompt": "a sign that says 7", "image": torch.linspace(0, 1, 3072).view(1, 3, 32, 32),
+         "sound": torch.sin(torch.arange(6400.0))[None]}
+
+
+@pytest.mark.parametrize("target, key", [("image", "images"), ("sound", "waveforms")])
+def test_what_is_given_decides(target, key):
+    model = tiny_omni()
+    given = {name: value for name, value in GIVEN.items() if name != target}
+    first = ask(model, target, **given)[key]
+    assert torch.equal(ask(model, target, **given)[key], first)
+    for name, value in given.items():
+        other = given | {name: "a sign that says 3" if name == "prompt" else 0.5 * value.flip(-1)}
+        assert (ask(model, target, **other)[key] - first).abs().max() > 1e-4
+
+
+def test_silence_before_a_sound_changes_nothing():
+    model, late = tiny_omni(), F.pad(GIVEN["sound"], (utterances.HOP * 70, 0))
+    first, second = (ask(model, "image", sound=sound)["images"] for sound in (GIVEN["sound"], late))
+    assert torch.allclose(first, second, atol=1e-4)
+
+
+@pytest.mark.parametrize("target, given, message", [
+    ("text", dict(prompt="a dog"), "text cannot be given: it is asked for"),
+    ("image", dict(image=GIVEN["image"]), "image cannot be given: it is asked for"),
+    ("sound", dict(prompt="a red dog, klingon"), "klingon. It knows 0, 1"),
+    ("sound", dict(prompt=" ".join(["a"] * 15)), "at most 14 words, got 15")])
+def test_what_cannot_be_given_is_named(target, given, message):
+    with pytest.raises((UserError, ValueError), match=message):
+        ask(tiny_omni(), target, **given)
+
+
+def test_a_part_that_was_not_learned_is_refused():
+    model = tiny_omni(parts="text+sound")
+    with pytest.raises(ValueError, match="ask must be one of text, sound"):
+        ask(model, "image", "a dog")
+    with pytest.raises(ValueError, match="image cannot be given: the network did not learn it"):
+        ask(model, "sound", image=GIVEN["image"])
+    assert ask(model, "sound", "a sign that says 7")["waveforms"].any()
 
 
 def test_guidance_of_one_is_the_model_without_guidance():

@@ -4,53 +4,67 @@
     image     the drawing of it: the number is on a sign (0 to 9), or so many things (2 to 4)
     sound     "sieben" in a random voice, at most 0.8 seconds
 
-Everything but the number is independent: thing, color, background, place, language and voice. A
-tenth of the combinations of number, thing and background is held out for the test.
+All ten numbers are equally frequent. Everything but the number is independent: thing, color,
+background, place, language and voice. A tenth of the combinations of number, thing and background
+is held out for the test. A fifth of the training captions does not name the language.
 """
 
 from dataclasses import replace
 
 import numpy as np
 
+from nanogen import UserError
 from nanogen.data import prompts, scenes
-from nanogen.data.scenes import Scene
+from nanogen.data.drawing import COLORS, THINGS
+from nanogen.data.scenes import WHERE, Scene
 from nanogen.data.voices import LANGUAGES, RATE, Speaker, say
 
 SECONDS = 0.8
-COUNTED = 0.3  # fraction of the images that show the number as so many things
+COUNTED = 0.6  # fraction of the images of 2, 3 and 4 that show so many things, without a sign
+UNNAMED = 0.2  # fraction of the training captions without a language
 NAMES = list(LANGUAGES)
-WORDS = [*prompts.WORDS, *NAMES]  # of the captions; token 0 is the end, 1 stands for "hidden"
+DIGITS = [str(digit) for digit in range(10)]
+WORDS = list(dict.fromkeys([
+    *DIGITS, *"a an with sign that says".split(), *" ".join(WHERE.values()).split(), *THINGS,
+    *prompts.PLURALS, *COLORS, *prompts.NUMBERS[1:], *NAMES]))  # of the captions
+END, HIDDEN = 0, 1  # tokens; words begin at 2
 TOKENS = {word: number for number, word in enumerate(WORDS, start=2)}
 LONGEST = 14  # words of a caption
 
 
 def to_tokens(caption: str) -> list[int]:
-    """The words of a caption as tokens. UserError for words that are not known."""
-    text, _, language = caption.partition(",")
-    return prompts.tokenize(text) + [TOKENS[word] for word in language.split() if word in NAMES]
+    """The words of a caption as tokens. UserError for words that are not known, and too many."""
+    words = caption.lower().replace(",", " ").split()
+    if unknown := [word for word in dict.fromkeys(words) if word not in TOKENS]:
+        raise UserError(f"The caption {caption!r} has words that the model never saw: "
+                        f"{', '.join(unknown)}. It knows {', '.join(WORDS)}.")
+    if len(words) > LONGEST:
+        raise UserError(f"A caption has at most {LONGEST} words, got {len(words)}.")
+    return [TOKENS[word] for word in words]
 
 
 def to_caption(tokens: list[int]) -> str:
-    """The inverse: "a red dog on grass, german"."""
-    words = [WORDS[token - 2] for token in tokens if token >= 2]
-    spoken = [word for word in words if word in NAMES]
-    text = " ".join(word for word in words if word not in NAMES)
-    return ", ".join([text, *spoken])
+    """The words up to the first END: "a red dog on grass, german"."""
+    tokens = tokens[: tokens.index(END)] if END in tokens else tokens
+    words = [WORDS[token - 2] for token in tokens]
+    return " ".join(words[:-1]) + f", {words[-1]}" if words and words[-1] in NAMES \
+        else " ".join(words)
 
 
 def number_in(caption: str) -> int:
-    """The number that a caption names, -1 for none: the digit on its sign, or how many things."""
-    words = caption.split(",")[0].split()
-    digits = [int(word) for word in words if word.isdecimal()]
-    counts = [prompts.NUMBERS.index(word) + 1 for word in words if word in prompts.NUMBERS]
-    return (digits or counts or [-1])[0]
+    """The number that a caption names, -1 for none or several: the digit on its sign, or how many
+    things."""
+    words = caption.replace(",", " ").split()
+    found = [int(word) for word in words if word in DIGITS]
+    found += [prompts.NUMBERS.index(word) + 1 for word in words if word in prompts.NUMBERS]
+    return found[0] if len(found) == 1 else -1
 
 
 def draw(rng: np.random.Generator, held_out: bool) -> tuple[int, Scene]:
     """A number and a scene that shows it."""
+    number = int(rng.integers(10))
+    counted = 2 <= number <= 4 and rng.random() < COUNTED
     while True:
-        counted = rng.random() < COUNTED
-        number = int(rng.integers(2, 5) if counted else rng.integers(10))
         scene = scenes.random_scene(rng, number if counted else 1, False,
                                     "" if counted else str(number))
         if not counted and scene.sign_y != 26:
@@ -64,26 +78,27 @@ def draw(rng: np.random.Generator, held_out: bool) -> tuple[int, Scene]:
 def make(count: int, seed: int = 0, held_out: bool = False) -> dict[str, np.ndarray]:
     """`count` examples; held_out: those of the test.
 
-    -> images uint8 (N, 32, 32, 3); prompts (N,) captions; tokens int64 (N, LONGEST), 0 after the
-    last; clips int16 (N, 0.8 s), zeros after the end; number, language int64 (N,); labels, the
-    number again; and the truth about the images: `prompts.describe`."""
-    drawn, clips, languages = [], np.zeros((count, round(SECONDS * RATE)), np.int16), []
-    for i in range(count):
-        rng = np.random.default_rng([seed, i])
-        drawn.append(draw(rng, held_out))
+    -> images uint8 (N, 32, 32, 3); prompts (N,) captions; tokens int64 (N, LONGEST), END after the
+    last; clips int16 (N, 0.8 s), zeros after the end; labels int64 (N,), the number; language int64
+    (N,); and the truth about the images: `prompts.describe`."""
+    shown, captions, numbers, languages = [], [], [], []
+    clips = np.zeros((count, round(SECONDS * RATE)), np.int16)
+    for clip in clips:
+        rng = np.random.default_rng([seed, len(shown)])
+        number, scene = draw(rng, held_out)
         language = int(rng.integers(len(NAMES)))
-        sound = say(str(drawn[-1][0]), NAMES[language], Speaker.random(rng),
-                    int(rng.integers(2**31)))[: clips.shape[1]]
-        clips[i, : len(sound)] = np.round(32767 * sound)
+        sound = say(str(number), NAMES[language], Speaker.random(rng), int(rng.integers(2**31)))
+        clip[: len(sound)] = np.round(32767 * sound[: len(clip)])
+        named = held_out or rng.random() >= UNNAMED
+        captions.append(f"{scene.caption}, {NAMES[language]}" if named else scene.caption)
+        shown.append(scene)
+        numbers.append(number)
         languages.append(language)
-    numbers, shown = zip(*drawn, strict=True)
-    captions = [f"{scene.caption}, {NAMES[language]}"
-                for scene, language in zip(shown, languages, strict=True)]
-    tokens = np.zeros((count, LONGEST), np.int64)
+    tokens = np.full((count, LONGEST), END)
     for row, caption in zip(tokens, captions, strict=True):
         words = to_tokens(caption)
         row[: len(words)] = words
-    images, _ = scenes.render_scenes(list(shown), np.random.default_rng([seed, count]))
-    return {"images": images, "prompts": captions, "tokens": tokens, "clips": clips,
-            "number": np.array(numbers), "language": np.array(languages),
-            **prompts.describe(list(shown)), "labels": np.array(numbers)}
+    images, _ = scenes.render_scenes(shown, np.random.default_rng([seed, count]))
+    return prompts.describe(shown) | {
+        "images": images, "prompts": captions, "tokens": tokens, "clips": clips,
+        "labels": np.array(numbers), "language": np.array(languages)}
