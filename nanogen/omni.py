@@ -207,13 +207,13 @@ class Omni(Method):
 
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, ask: str = "image", steps: int = 16,
-               guidance: float = 2.0, temperature: float = 1.0, head_steps: int = 8,
+               guidance: float = 3.0, temperature: float = 0.7, head_steps: int = 8,
                seed: int = 0) -> dict:
         """Takes "prompts" (B, L), captions, "sources" (B, 3, 32, 32), images, "voices" (B, T),
         sounds of which the first 0.8 s are heard; an empty text, a black image and silence are not
         given. ask: image, sound or text -> {"images"}, {"waveforms", "lengths"} or {"thoughts"},
-        captions. steps: passes; a text takes one for each word. head_steps: of the flow head;
-        temperature: of words."""
+        captions. steps: passes; a text takes one for each word. head_steps: of the flow head.
+        temperature: of words and heads; below 1 less variety, and less noise."""
         if ask not in (learned := self.config.parts.split("+")):
             raise ValueError(f"ask must be one of {', '.join(learned)}, got {ask!r}")
         number, seen = PARTS.index(ask), self.read(conditions)
@@ -242,7 +242,7 @@ class Omni(Method):
                 drawn[:, now] = draw(logits, rng, temperature)
             else:
                 z, *without = z.flatten(0, 1).chunk(copies)
-                new = self.heads[number - 1].sample(z, head_steps, 1.0, rng, *without,
+                new = self.heads[number - 1].sample(z, head_steps, temperature, rng, *without,
                                                     guidance=guidance)
                 drawn[:, now] = new.view(batch, len(now), -1).to(drawn)
         if ask == "text":
