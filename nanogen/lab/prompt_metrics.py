@@ -4,7 +4,6 @@ The reader (nanogen/reader.py) describes an image; the description is compared w
 the prompt, which came with it. Test images go the same way, to show what the reader itself misses.
 """
 
-import time
 from collections import Counter
 
 import numpy as np
@@ -16,26 +15,22 @@ from nanogen.data.prompts import EDITS, RARE, TASKS
 from nanogen.data.scenes import WHERE
 from nanogen.lab import machine
 from nanogen.lab.plots import to_float, to_uint8
-from nanogen.lab.prepare import encode_text
+from nanogen.lab.prepare import encode_text, every
 from nanogen.lab.runs import Run, load_run
-from nanogen.lab.sample import ask, sample, write_samples
+from nanogen.lab.sample import ask, sample, timed_sample, write_samples
 from nanogen.reader import Reader, read_sign
 
 
 def evaluate_prompts(run: Run, dataset: Dataset, reader: Reader, n: int, seed: int,
                      settings: dict) -> dict:
     """How well the outputs obey n prompts of the test data; each asks for something held out."""
-    model, total = run.model, len(dataset.test[dataset.main])
-    chosen = np.linspace(0, max(total - 1, 0), min(n, total)).astype(int)
+    chosen = every(n, len(dataset.test[dataset.main]))
     test = {name: np.array([values[i] for i in chosen]) for name, values in dataset.test.items()}
     if "task" not in test and dataset.kind == "images":  # a subject: prompts are made here
         background = np.arange(n) % len(BACKGROUNDS)
         test = {"prompts": [f"a {RARE} {WHERE[BACKGROUNDS[i]]}" for i in background]}
-    asked = {name: list(test[name]) for name in model.conditions if name in test}
-    start = time.perf_counter()
-    drawn = sample(run, len(test["prompts"]), asked, seed, batch_size=100, **settings)
-    seconds = (time.perf_counter() - start) / len(test["prompts"])
-    result = {"samples": len(test["prompts"]), f"seconds_per_{dataset.kind[:-1]}": seconds}
+    asked = {name: list(test[name]) for name in run.model.conditions if name in test}
+    drawn, result = timed_sample(run, len(test["prompts"]), asked, seed, batch_size=100, **settings)
     if "task" in test:
         result |= judge_prompts(drawn["images"], drawn["thoughts"], test, reader)
     elif dataset.kind == "videos":
@@ -45,7 +40,7 @@ def evaluate_prompts(run: Run, dataset: Dataset, reader: Reader, n: int, seed: i
             result |= judge_subject(drawn["images"], background, reader)
         result |= compare_with_base(run, reader, n, seed, settings)
     write_samples(drawn, run, run.folder / "samples")
-    return result | run.record["sampling"] | settings
+    return result
 
 
 def evaluate_clips(run: Run, videos: np.ndarray, test: dict, reader: Reader, seed: int,
