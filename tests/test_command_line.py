@@ -131,7 +131,7 @@ def test_version(told):
     ("train flow --lr", "--lr"),
     ("train flow --data", "--data"),
     ("train", "METHOD"),
-    ("train --minutes 3 flow", "The method comes first: train flow"),
+    ("train --optimizer 3 --sparkle flow", "--sparkle"),
     ("fly", "'fly'"),
     ("sampel x", "did you mean sample?"),
     ("sample --n 3", "Which run?"),
