@@ -161,7 +161,7 @@ def test_a_finished_run_stays_what_it_is(finished, copied, monkeypatch):
     monkeypatch.setattr(runs, "train", None)
     run, folder = finished["flow"], copied("flow")
     for fields in (dict(lr=0.1), dict(steps=6), dict(minutes=2.0)):
-        with pytest.raises(UserError, match=f"is finished with {next(iter(fields))} .*: --out DIR"):
+        with pytest.raises(UserError, match=f"is finished with {next(iter(fields))} .*: --out new"):
             resumed("flow", run, folder, **fields)
     again = resumed("flow", run, folder, steps=3, compile=True)
     assert again.record["training"] == run.record["training"]
@@ -342,12 +342,12 @@ def test_a_tokenizer_of_the_wrong_kind_is_noticed(finished, copied):
     folder = copied("tokenizer").parent
     shutil.rmtree(folder / "tokenizer-fruit")
     (folder / "tokenizer-kl-fruit").rename(folder / "tokenizer-fruit")
-    with pytest.raises(UserError, match="tokenizer-fruit has bottleneck 'kl', but 'vq' is needed"):
+    with pytest.raises(UserError, match="is finished with bottleneck 'kl', not 'vq'"):
         tiny_run("maskgit", origin(finished["maskgit"]), folder / "new")
 
 
 def test_images_of_another_size_than_the_tokenizers_are_a_sentence(finished, copied):
-    with pytest.raises(UserError, match="size 32, but 16 is needed"):
+    with pytest.raises(UserError, match="is finished with size 32, not 16"):
         tiny_run("maskgit", origin(finished["maskgit"]), copied("maskgit").parent / "new", size=16)
 
 

@@ -147,9 +147,9 @@ def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int,
                        f"voiced_fraction{name}": np.mean(voiced).item()}
         result["seconds_per_second_of_sound"] = (
             cost["seconds_per_sound"] / max(result["seconds"], 1e-9))
-    growth = sample(run, min(n, 30), seed=seed, frames=True, **settings)["frames"] \
-        if model.output == "images" else ()
-    write_samples(drawn, run, run.folder / "samples", list(growth))
+    if model.output == "images":
+        sample(run, min(n, 30), seed=seed, out=run.folder / "samples", **settings)  # process.gif
+    write_samples(drawn, run, run.folder / "samples")
     return result
 
 

@@ -9,7 +9,6 @@ A run that is built on another one keeps a copy of it in base/, so that its fold
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -59,7 +58,7 @@ def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -
     for name, value in overrides.items():
         if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples
             raise UserError(f"{folder} {state} with {name} {fixed[name]!r}, not {value!r}: "
-                            "--out DIR starts another run.")
+                            "--out new/RUN starts another run.")
     return record
 
 
@@ -83,29 +82,15 @@ def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
 
 
 def place_of(prefix: str, dataset: Dataset, parent: Path) -> Path:
-    """The run PREFIX-DATA of exactly this data, which may have had another name; else a free folder
-    for it: judge-pets, or judge-pets-2 where that is of other pets."""
+    """The run PREFIX-DATA of exactly this data, which may have had another name; else the folder
+    for it."""
     for path in sorted(parent.glob(f"{prefix}-*/{RECORD}")):
         with contextlib.suppress(UserError):  # damaged
             record = read_record(path.parent)
             usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")  # no variant
             if usual and record["data"]["fingerprint"] == dataset.fingerprint:
                 return path.parent
-    place, numbers = parent / f"{prefix}-{dataset.name}", itertools.count(2)
-    while (place / RECORD).exists():
-        place = parent / f"{prefix}-{dataset.name}-{next(numbers)}"
-    return place
-
-
-def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) -> None:
-    """UserError if the run in `base` is not what is needed."""
-    for name, wanted in need.config.items():
-        found, wanted = record["config"].get(name), json.loads(json.dumps(wanted))
-        if record["method"] != need.method or found != wanted:
-            raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
-                            f"train another {need.method}.")
-    if not need.data:
-        check_data(base, record, dataset)
+    return parent / f"{prefix}-{dataset.name}"
 
 
 def check_data(folder: Path, record: dict, dataset: Dataset) -> None:

@@ -98,10 +98,11 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     if not isinstance(data, Dataset):
         data = resolved(data or ("fsdd" if kind == "sounds" else "cifar10"))
         check_kind(method, data, kind_of(data))
-    name, origin = (data.name, data.origin) if isinstance(data, Dataset) else (name_of(data), data)
+    name = data.name if isinstance(data, Dataset) else name_of(data)
     folder = Path(folder or Path("runs") / folders.run_name(method, name, overrides))
     record = begun(folder, method, name, overrides, resume)
-    if record and (folder / WEIGHTS).exists() and record["data"]["origin"] == origin:
+    finished = record and (folder / WEIGHTS).exists()
+    if finished and isinstance(data, str) and record["data"]["origin"] == data:
         return load_run(folder)
     if isinstance(data, str) and (kind := kind_of(data) or kind) != "any":
         early = record or find_recipe(method, data, kind, recipe)
@@ -109,16 +110,18 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     dataset = data if isinstance(data, Dataset) else load(data)
     check_kind(method, dataset.origin, dataset.kind)
     check_columns(method, dataset)
+    if record:
+        check_data(folder, record, dataset)
+    if finished:
+        return load_run(folder)
     rank, world = join_processes()
     wait = bool(needed_by) or find(method).Model.kind == "judge"
     with locked(folder, wait) if rank == 0 else contextlib.nullcontext():
         if world > 1:
             dist.barrier()  # the first process has the lock
         record = begun(folder, method, name, overrides, resume)  # again, as we may have waited
-        if record:
-            check_data(folder, record, dataset)
-            if (folder / WEIGHTS).exists():
-                return load_run(folder)
+        if record and (folder / WEIGHTS).exists():
+            return load_run(folder)
         settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
         config, training = make_config(method, settings, overrides, facts(dataset))
         check_batch(training, len(dataset))
@@ -135,18 +138,14 @@ def required_run(need: Requirement, method: str, folder: Path, dataset: Dataset,
                  quiet: bool, budget: dict | None) -> Run:
     """The run that `method` in `folder` requires, loaded or trained now."""
     base = folders.base_folder(folder, dataset, need)
-    fields = need.config
-    if (base / RECORD).exists():
-        folders.check_base(base, read_record(base), need, dataset)
-        fields, budget = {}, None  # it goes on as it was begun
-    if not (base / WEIGHTS).exists():
-        if need.data:
-            dataset = remembered(need.data, dataset.count)
-        recipe = required_recipe(need, dataset.origin, dataset.kind, recipe)
-        budget = None if find(need.method).Model.kind == "judge" else budget
-        train_run(need.method, dataset, fields, base, recipe, resume=True, quiet=quiet,
-                  budget=budget, needed_by=f"{method} requires")
-    return load_run(base)
+    recipe = required_recipe(need, need.data or dataset.origin, dataset.kind, recipe)
+    if need.data:  # a finished run needs no data to be loaded
+        finished = (base / WEIGHTS).exists()
+        dataset = need.data if finished else remembered(need.data, dataset.count)
+    budget = None if find(need.method).Model.kind == "judge" else budget
+    train_run(need.method, dataset, need.config, base, recipe, resume=True, quiet=quiet,
+              budget=budget, needed_by=f"{method} requires")
+    return load_run(base)  # as from now on, not as the training left it
 
 
 def train_one(method: str, dataset: Dataset, config, training: Training, sampling: dict,

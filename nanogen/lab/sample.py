@@ -296,8 +296,7 @@ def encode(run: "Run", file: Path, out: Path, kbps: float | None = None) -> dict
         tokens, facts = ask(run, model.encode, image)[0].cpu().numpy(), {}
     if np.issubdtype(tokens.dtype, np.integer):
         tokens = tokens.astype(np.min_scalar_type(model.codebook_size - 1))
-    content = {"tokens": tokens, **facts, "method": np.array(run.method),
-               "hash": np.array(weights_hash(run))}
+    content = {"tokens": tokens, **facts, "hash": np.array(weights_hash(run))}
     files.write_npz(Path(out), content)
     return content
 

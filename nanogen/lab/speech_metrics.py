@@ -25,7 +25,6 @@ from nanogen.listener import Listener, edits, equal_error_rate
 from nanogen.method import Method
 
 STRETCHES = (0.7, 1.4)  # times the natural length
-PROMPT_SECONDS = (0.5, 1.0, 2.0)  # of the voice prompt
 DUBBED = 10  # clips of each language that are dubbed into all
 
 
@@ -83,8 +82,8 @@ def codec_copies(codec: Method, clips: list[np.ndarray]) -> list[np.ndarray]:
 def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,
                     settings: dict) -> dict:
     """Metrics of n test recordings: their first part is the voice prompt, by a voice that training
-    did not have; the words of the second part are said. Again at other lengths, with shorter
-    prompts; and the first parts are dubbed."""
+    did not have; the words of the second part are said. Again at other lengths; and the first parts
+    are dubbed."""
     test = dataset.test
     rows = every(n, len(test["waveforms"]))
     first, second, words = parts(test, rows)
@@ -93,8 +92,8 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     of_prompts = listen(listener, first)[1]
     whole, few = slice(None), slice(None, None, 2)  # few: where much is drawn
 
-    def say(voices: list, chosen: slice, **more) -> tuple[dict, dict]:
-        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": voices[chosen],
+    def say(chosen: slice, **more) -> tuple[dict, dict]:
+        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": first[chosen],
                  "languages": list(names[language[chosen]])}
         return timed_sample(run, len(asked["prompts"]), asked, seed, batch_size=25,
                             **settings | more)
@@ -104,7 +103,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
         error = voice_error(vectors, of_prompts[chosen], speakers[chosen])
         return {"words_right": score_of(words[chosen], heard), "voice_error": error}, heard
 
-    drawn, result = say(first, whole)
+    drawn, result = say(whole)
     right, heard = judged(cut(drawn), whole)
     result |= right
     for code, name in enumerate(names):
@@ -115,11 +114,8 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     for suffix, clips in (("real", second), ("codec", codec_copies(run.model.codec, second))):
         result |= {f"{name}_{suffix}": value for name, value in judged(clips, whole)[0].items()}
     for stretch in STRETCHES:
-        clips = cut(say(first, few, tempo=1 / stretch)[0])
+        clips = cut(say(few, tempo=1 / stretch)[0])
         result[f"at {stretch:g} times the length"] = judged(clips, few)[0]
-    for long in PROMPT_SECONDS:
-        shorter = [clip[: int(long * SAMPLE_RATE)] for clip in first]
-        result[f"prompt of {long:g} s"] = judged(cut(say(shorter, few)[0]), few)[0]
     for source, name in enumerate(names):  # the first parts are dubbed into all languages
         ours = np.flatnonzero(test["language"][rows, 0] == source)[:DUBBED]
         clips, digits = [first[i] for i in ours], []

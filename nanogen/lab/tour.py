@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from nanogen import UserError, files
-from nanogen.data.datasets import Dataset, kind_of, load
+from nanogen.data.datasets import KINDS, Dataset, kind_of, load
 from nanogen.lab import machine, report
 from nanogen.lab.evaluate import evaluate, show, table
 from nanogen.lab.folders import run_name
@@ -161,10 +161,8 @@ TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_ME
 def list_methods() -> str:
     """Methods, data sets, recipes, what each requires, and the metrics that each recipe gave."""
     lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
-    data = ("Data: cifar10, scenes (drawn by code), prompts (texts and drawings), clips (drawn), "
-            "subject (five drawings), fsdd (spoken digits), voices (spoken by code), "
-            "recordings (digits in phrases), songs, "
-            "or a folder with images or sounds, one sub-folder for each class.")
+    data = (f"Data: {', '.join(KINDS)}, or a folder with images or sounds, one sub-folder for each "
+            "class.")
     return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True)])
 
 

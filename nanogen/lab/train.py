@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import signal
-import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
 
     fraction = used()
     with ctrl_c() as interrupted:
-        while fraction < 1:
+        while fraction < 1 or not log:  # at least one step, however slow the machine
             rise = (step + 1) / max(options.warmup, 1)
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -325,10 +324,8 @@ def ctrl_c():
             raise KeyboardInterrupt
         asked.append(True)
 
-    main = threading.current_thread() is threading.main_thread()  # signals need it
-    previous = signal.signal(signal.SIGINT, ask) if main else None
+    previous = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous)
