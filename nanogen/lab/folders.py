@@ -9,6 +9,7 @@ A run that is built on another one keeps a copy of it in base/, so that its fold
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import shutil
 from pathlib import Path
@@ -81,16 +82,17 @@ def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
     return folder.parent / run_name(need.method, need.data or dataset.name, need.config)
 
 
-def place_of(prefix: str, dataset: Dataset, parent: Path) -> Path:
-    """The run PREFIX-DATA of exactly this data, which may have had another name; else the folder
-    for it."""
-    for path in sorted(parent.glob(f"{prefix}-*/{RECORD}")):
+def place_of(prefix: str, dataset: Dataset, *parents: Path) -> Path:
+    """The run PREFIX-DATA of exactly this data in one of these folders; the data may have had
+    another name. Else the place for it in the first folder."""
+    records = [parent.glob(f"{prefix}-*/{RECORD}") for parent in parents]
+    for path in itertools.chain(*map(sorted, records)):
         with contextlib.suppress(UserError):  # damaged
             record = read_record(path.parent)
             usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")  # no variant
             if usual and record["data"]["fingerprint"] == dataset.fingerprint:
                 return path.parent
-    return parent / f"{prefix}-{dataset.name}"
+    return parents[0] / f"{prefix}-{dataset.name}"
 
 
 def check_data(folder: Path, record: dict, dataset: Dataset) -> None:

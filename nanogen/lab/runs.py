@@ -253,10 +253,7 @@ def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) ->
     """The judge of a data set, in `folder`: loaded, or trained now. It knows every speaker."""
     if (origin := whole(dataset.origin)) != dataset.origin:
         dataset = remembered(origin, dataset.count)
-    place = place_of("judge", dataset, Path(folder))
-    beside = place_of("judge", dataset, Path(folder).parent)  # of runs, for runs/compare-x
-    if not (place / RECORD).exists() and (beside / WEIGHTS).exists():
-        place = beside
+    place = place_of("judge", dataset, Path(folder), Path(folder).parent)  # also above compare-x
     return train_run("judge", dataset, {}, place, resume=True, quiet=quiet,
                      needed_by="Evaluation needs")
 
