@@ -108,14 +108,12 @@ def train_options(command: Parser, arguments: list[str]) -> list[str]:
     """An option for each field of the method's Config and of Training, with the recipe's values.
     The help is the comment behind the field in the source, so it is written once."""
     some, rest = peek(arguments[1:], "data", "recipe", "out")
-    if not rest or rest[0] not in METHODS:
-        late = [part for part in rest[1:] if part in METHODS]
-        if late and rest[0].startswith("-"):
-            command.error(f"The method comes first: train {late[0]}")
+    method = next((part for part in rest if part in METHODS), None)
+    if method is None:
         return arguments
     from nanogen.data.datasets import kind_of
 
-    method, module = rest[0], find(rest[0])
+    module = find(method)
     data = some.data or ("fsdd" if module.Model.data == "sounds" else "cifar10")
     kind = kind_of(data) or module.Model.data
     recipe = lab("recipes").find_recipe(method, data, kind, some.recipe or "default")

@@ -109,23 +109,22 @@ def read_npz(path: Path, advice: str = "delete it and run again") -> dict[str, n
 def locked(folder: Path, wait: bool) -> Iterator[None]:
     """One process at a time works in the folder; the file `lock` there names it, and the system
     frees it when its process ends. wait: for another one to finish; else UserError."""
-    path = make_folder(folder) / "lock"
     while True:
+        path = make_folder(folder) / "lock"
         with explained(f"Cannot write {path} ({{reason}}).", OSError):
             file = open(path, "a+", encoding="utf-8")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            with file:
-                file.seek(0)
-                owner = file.read()
-                if not wait:
-                    raise UserError(f"Process {owner} works in {folder}: wait for it, or choose "
-                                    "another --out.") from None
-                print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            continue  # the other one has removed the file: a new one is needed
-        with contextlib.suppress(FileNotFoundError):  # removed before it was locked
+            file.seek(0)
+            owner = file.read()
+            if not wait:
+                file.close()
+                raise UserError(f"Process {owner} works in {folder}: wait for it, or choose "
+                                "another --out.") from None
+            print(f"Waiting for {folder}, which process {owner} trains.", flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with contextlib.suppress(FileNotFoundError):  # the other one has removed the file
             if path.stat().st_ino == os.fstat(file.fileno()).st_ino:
                 break
         file.close()

@@ -112,7 +112,7 @@ def test_a_judge_beside_the_folder_judges_here_too_if_it_is_of_this_data(compare
 
 def test_what_is_no_comparison_is_refused(compared):
     data, folder, _ = compared
-    with pytest.raises(UserError, match="not 3: choose another --out"):
+    with pytest.raises(UserError, match="not 3: --out new/RUN starts another"):
         tour.compare(data, 3, folder, n=10)
     with pytest.raises(UserError, match="at least 10 samples"):
         tour.compare(data, 3, folder, n=5)

@@ -177,6 +177,7 @@ def test_settings_are_refused_before_anything_is_loaded_or_trained(monkeypatch, 
 def test_a_loaded_run_is_not_trained_on_other_data(run, tmp_path):
     run, dataset = run
     other = dataclasses.replace(dataset, train=clips(32))
+    (run.folder / "model.safetensors").unlink()  # as if it had been interrupted
     with pytest.raises(UserError, match="trained on other data than clips is now"):
         train_run("fake", other, {"steps": 400}, run.folder, resume=True, quiet=True)
     record = json.loads((run.folder / "config.json").read_text())

@@ -105,7 +105,8 @@ def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
     def build(method, settings, overrides):
         config, training = make_config(method, settings, overrides, facts(dataset))
         need = find(method).Model.requires(config)
-        base = need and build(need.method, required_recipe(need, name, kind, "gpu"),
+        recipe = need and required_recipe(need, name, kind, "gpu")
+        base = need and build(need.method, find_recipe(need.method, name, kind, recipe),
                               need.config | {"size": config.size} if kind == "images" else {})[0]
         return find(method).Model(config, base), training
 

@@ -143,20 +143,19 @@ def test_the_page_needs_nothing_but_itself(tmp_path):
 
 def test_the_page_holds_the_metrics_and_the_images_of_the_run(tmp_path):
     run = make_run(tmp_path / "run")
-    image = report.data_uri("image/png", b"a strip")
-    rows = [{"a": 1, "b": 2.5}, {"a": "<b>", "c": image}]
+    rows = [{"a": 1, "b": 2.5}, {"a": "<b>"}]
     page = page_of(run, title="A <title>", intro="One.\n\nTwo & three.", tables={"More": rows})
     for text in ("106.2", "floor 1.414 · ceiling 235.1", "0.3125", "0.4321", "0.0217", "4,312,345",
                  "300", "maskgit on cifar10", "two cores &lt;of a laptop&gt;",
                  "A &lt;title&gt;", ">Two &amp; three.</p>"):
         assert text in page
-    assert "<h2>More</h2>" in page and "<td>2.5</td><td>–</td>" in page
-    assert f'<td>&lt;b&gt;</td><td>–</td><td><img alt="" src="{image}"></td>' in page
+    assert "<h2>More</h2>" in page and "<td>2.5</td>" in page
+    assert "<td>&lt;b&gt;</td><td>–</td>" in page
     assert "Samples, in this order: lemon, melon &amp; co.<" in page
     for name in ("samples/grid.png", "samples/process.gif", "samples/001.wav"):
         assert base64.b64encode((run / name).read_bytes()).decode() in page
     assert "<dt>seed</dt><dd>23</dd>" in page
-    assert 'class="missing"' not in page and 'class="remark"' not in page
+    assert 'class="missing"' not in page
 
 
 def test_sounds_are_named_by_what_was_asked_and_numbered_as_in_samples_npz(tmp_path):
@@ -192,20 +191,13 @@ def test_a_run_with_nothing_but_its_config_has_a_page_that_says_so(tmp_path):
         assert sentence in page
 
 
-def test_damaged_parts_are_said_and_the_rest_is_shown(tmp_path):
+@pytest.mark.parametrize("name", ["config.json", "log.jsonl", "metrics.json", "samples/grid.png",
+                                  "samples/samples.npz"])
+def test_a_damaged_file_is_named(name, tmp_path):
     run = make_run(tmp_path / "run")
-    with open(run / "log.jsonl", "a") as log:
-        log.write('{"step": 310, "minu')  # killed as it wrote
-    (run / "metrics.json").write_text('{"fd_nano": 1')
-    for name in ("grid.png", "001.wav", "samples.npz"):
-        (run / "samples" / name).write_bytes(b"not an image, not a sound, not an archive")
-    page = page_of(run)
-    for name in ("log.jsonl", "metrics.json", "grid.png", "001.wav"):
-        assert f"{name} is damaged" in page
-    assert "samples.npz cannot be read" in page
-    assert "Loss, at the end 3." in page and "data:image/gif" in page
-    (run / "config.json").write_text("{")
-    assert "config.json is damaged" in page_of(run) and "<h2>run</h2>" in page_of(run)
+    (run / name).write_bytes(b'{"step": 310, "minu')
+    with pytest.raises(UserError, match=name):
+        page_of(run)
 
 
 def test_a_folder_without_a_run_and_a_place_that_cannot_be_written_are_refused(tmp_path):
@@ -241,12 +233,6 @@ def test_each_image_of_a_grid_is_whole_and_stands_on_white():
     assert (sheet[18:, 35:] == 255).all()  # where a sixth would be
 
 
-@pytest.mark.parametrize("images", [some_images(2) / 255, some_images(2)[0], some_images(2)[:0]])
-def test_a_grid_of_anything_but_bytes_is_refused(images):
-    with pytest.raises(ValueError, match="uint8"):
-        plots.grid(images, columns=2)
-
-
 def test_an_animation_has_as_many_frames_as_given_and_ends_on_the_finished_images(tmp_path):
     frames = [some_images(4) for _ in range(5)]
     smooth = np.stack(np.broadcast_arrays(*np.ogrid[0:250:8j, 0:250:8j], 128), axis=-1)
@@ -270,12 +256,6 @@ def test_the_background_of_an_animation_stays_white(tmp_path):
         for index in range(3):
             animation.seek(index)
             assert animation.convert("RGB").getpixel((0, 0)) == (255, 255, 255)
-
-
-def test_an_animation_of_nothing_or_of_several_shapes_is_refused(tmp_path):
-    for frames in ([], [some_images(2), some_images(3)]):
-        with pytest.raises(ValueError, match="frame"):
-            plots.save_gif(frames, tmp_path / "a.gif", columns=2)
 
 
 def test_the_loss_plot_is_on_white_and_shows_held_out_data_and_chance_by_step():

@@ -401,10 +401,8 @@ def test_tokens_of_another_run_or_damaged_are_one_sentence(finished, tmp_path):
     content = encode(run, sound, file)
     good, tokens = file.read_bytes(), content["tokens"]
     for words, changed in (("another run", {"hash": np.array("0" * 16)}),
-                           ("damaged", {"tokens": tokens[:-1]}),
-                           ("damaged", {"tokens": tokens + np.uint8(200)}),
-                           ("damaged", {"tokens": tokens[:0]}),
-                           ("damaged", {"tokens": tokens / 2})):
+                           ("holds no tokens", {"tokens": tokens + np.uint8(200)}),
+                           ("holds no tokens", {"tokens": tokens / 2})):
         np.savez(file, **(content | changed))
         with pytest.raises(UserError, match=words):
             decode(run, file, out)

@@ -261,8 +261,9 @@ def test_a_required_run_learns_from_the_data_set_that_its_requirement_names(
         tmp_path, monkeypatch):
     need, trained = Requirement("reader", {}, data="things"), []
     monkeypatch.setattr(text_image.TextImage, "requires", staticmethod(lambda config: need))
-    monkeypatch.setattr(runs, "train_job", lambda job, dataset, quiet: trained.append(
-        (job.folder.name, dataset.name, len(dataset))))
+    monkeypatch.setattr(runs, "load_run", lambda folder: None)
+    monkeypatch.setattr(runs, "train_one", lambda *given, **_: trained.append(
+        (given[-1].name, given[1].name, len(given[1]))))
     data = load("prompts", count=40)
     runs.train_run("text_image", data, TINY | QUICK, tmp_path / "own", quiet=True)
     assert trained == [("reader-things", "things", 40), ("own", "prompts", 40)]

@@ -15,7 +15,6 @@ from torch import nn
 
 from nanogen import UserError
 from nanogen.lab import machine
-from nanogen.lab import train as train_module
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.train import Training, check_batch, draw_batch, train, update_ema
 
@@ -222,16 +221,6 @@ def test_a_loss_that_is_not_finite_in_the_last_step_is_not_a_finished_run(tmp_pa
     with pytest.raises(UserError, match="nan"):
         train(model, DATA, briefly(3), tmp_path, quiet=True)
     assert not (tmp_path / "state.pt").exists()
-
-
-def test_the_time_left_is_sane_and_does_not_count_the_first_step():
-    options = Training(steps=101)
-    progress = train_module.Progress(options, [], True, 0, start=0.0)
-    progress.add({"loss": 1.0})
-    progress.write(1, 1, 0.1, 8, {})
-    assert progress.left(1, 500.0) == ""  # the first step compiles: it says nothing
-    progress.first = (1, 500.0)
-    assert progress.left(3, 504.0) == ", 3 min 16 s left"
 
 
 def test_the_loss_of_examples_not_trained_on_is_logged_and_changes_nothing(tmp_path):

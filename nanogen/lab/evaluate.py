@@ -8,7 +8,6 @@
 """
 
 import os
-import time
 from pathlib import Path
 
 import numpy as np
@@ -30,12 +29,11 @@ from nanogen.lab import (
     speech_metrics,
 )
 from nanogen.lab.plots import grid, to_uint8
-from nanogen.lab.prepare import columns, pad, test_columns, to_tensor
+from nanogen.lab.prepare import columns, every, pad, test_columns, to_tensor
 from nanogen.lab.runs import Run, judge
-from nanogen.lab.runs import expert as trained_expert
-from nanogen.lab.sample import sample, write_samples, write_sounds
+from nanogen.lab.runs import expert as expert_run
+from nanogen.lab.sample import cut, sample, timed_sample, write_samples, write_sounds
 from nanogen.listener import Listener
-from nanogen.reader import Reader
 
 
 def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, seed: int = 1,
@@ -58,37 +56,35 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
         raise UserError("The data set all has no judge: evaluate with --data fsdd, recordings or "
                         "songs.")
     beside = Path(os.path.normpath(run.folder / ".."))
-    expert = run if model.kind == "judge" else None
-    if "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
-        expert = trained_expert("reader", "things", beside, dataset.count, quiet)
-    elif not expert and "words" in dataset.test:
-        expert = trained_expert("listener", dataset.name, beside, dataset.count, quiet)
-    elif not expert and dataset.kind != "videos" and model.output == dataset.main:
-        expert = judge(dataset, beside, quiet)
-    if run.method == "reader":
-        right = prompt_metrics.obeyed(dataset.test["images"], dataset.test, model)
-        result = {f"{name}_accuracy": values.mean().item() for name, values in right.items()}
-    elif run.method == "listener":
-        result = speech_metrics.evaluate_listener(model, dataset)
-    elif model.kind == "judge":
-        test = test_columns(run.model, dataset)
-        result = accuracies(model, test[dataset.main], test)
-        result["test_accuracy"] = result.pop("class_accuracy")
+
+    def trained(method: str, data: str) -> Run:
+        return expert_run(method, data, beside, dataset.count, quiet)
+
+    if model.kind == "judge":
+        expert, result = run, evaluate_judge(run, dataset)
     elif "clips" in dataset.test:
-        listener = trained_expert("listener", "recordings", beside, dataset.count, quiet).model
-        result = omni_metrics.evaluate_numbers(run, dataset, expert.model, listener, n, seed,
+        expert, listener = trained("reader", "things"), trained("listener", "recordings")
+        result = omni_metrics.evaluate_numbers(run, dataset, expert.model, listener.model, n, seed,
                                                settings)
-    elif isinstance(expert and expert.model, Reader):
+    elif "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
+        expert = trained("reader", "things")
         result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
-    elif isinstance(expert and expert.model, Listener) and model.kind == "generator":
+    elif "words" in dataset.test and model.kind == "generator":
+        expert = trained("listener", dataset.name)
         measure = (speech_metrics.evaluate_songs if "scores" in dataset.test
                    else speech_metrics.evaluate_speech)
         result = measure(run, dataset, expert.model, n, seed, settings)
     elif model.kind == "generator":
+        judged = dataset.kind != "videos" and model.output == dataset.main
+        expert = judge(dataset, beside, quiet) if judged else None
         result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:
+        expert = (trained("listener", dataset.name) if "words" in dataset.test
+                  else judge(dataset, beside, quiet))
         measure = evaluate_codec if dataset.kind == "sounds" else evaluate_tokenizer
         result = measure(run, dataset, expert.model, n)
+    if model.kind == "generator":
+        result |= run.record["sampling"] | settings
     facts = {"parameters": "parameters", "minutes": "minutes", "training_steps": "steps",
              "gflops": "gflops"}  # name here -> in the record
     result = rounded(result) | {name: run.record.get(there) for name, there in facts.items()}
@@ -99,6 +95,18 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
         result["judge"] = files.content_hash(expert.folder / "model.safetensors")
     files.write_json(run.folder / "metrics.json", result)
     return result
+
+
+def evaluate_judge(run: Run, dataset: Dataset) -> dict:
+    """Judge, reader or listener on all test examples."""
+    if run.method == "reader":
+        right = prompt_metrics.obeyed(dataset.test["images"], dataset.test, run.model)
+        return {f"{name}_accuracy": values.mean().item() for name, values in right.items()}
+    if run.method == "listener":
+        return speech_metrics.evaluate_listener(run.model, dataset)
+    test = test_columns(run.model, dataset)
+    result = accuracies(run.model, test[dataset.main], test)
+    return {"test_accuracy": result.pop("class_accuracy")} | result
 
 
 def rounded(result: dict) -> dict:
@@ -112,7 +120,7 @@ def accuracies(expert: Judge, examples: Tensor, wanted: dict, suffix: str = "") 
     """How often the judge finds the labels (N,) and second labels (N,) that are in `wanted`.
     Second labels are left out where some are of speakers that the judge does not know."""
     if isinstance(expert, Listener):
-        clips = [clip.numpy() for clip in cut(examples, wanted["lengths"])]
+        clips = cut({"waveforms": examples.numpy(), "lengths": wanted["lengths"]})
         return {f"words_right{suffix}": speech_metrics.words_right(expert, clips, wanted["words"])}
     result, second = {}, expert.config.second
     if "labels" in wanted:
@@ -129,26 +137,20 @@ def evaluate_generator(run: Run, dataset: Dataset, expert: Judge | None, n: int,
     """The cost of n samples, and with a judge their quality; they are written to RUN/samples."""
     model = run.model
     result = held_out_bits(run, dataset, n) if model.exact_likelihood else {}
-    start = time.perf_counter()
-    drawn = sample(run, n, seed=seed, **settings)
-    machine.synchronize()
-    seconds = time.perf_counter() - start
+    drawn, cost = timed_sample(run, n, seed=seed, **settings)
     result |= judge_samples(drawn, dataset, expert) if expert else {}
-    name = "sound" if model.output == "waveforms" else model.output.removesuffix("s")
-    result |= {"samples": n, f"seconds_per_{name}": seconds / n}
+    result |= cost
     if model.output == "waveforms":
-        length, real = (np.mean(counts).item() / dataset.sample_rate for counts in (
-            drawn["lengths"], [*map(len, dataset.test["waveforms"])]))
-        result |= {"seconds": length, "seconds_real": real,
-                   "seconds_per_second_of_sound": seconds / max(n * length, 1e-9)}
-        clips = map(lambda clip, length: clip[:length], drawn["waveforms"], drawn["lengths"])
-        for name, sounds in (("", clips), ("_real", dataset.test["waveforms"])):
+        for name, sounds in (("", cut(drawn)), ("_real", dataset.test["waveforms"])):
             voiced = [sound_metrics.periodicity(clip) > 0.3 for clip in sounds]
-            result[f"voiced_fraction{name}"] = np.mean(voiced).item()
-    growth = sample(run, min(n, 30), seed=seed, frames=True, **settings)["frames"] \
-        if model.output == "images" else ()
-    write_samples(drawn, run, run.folder / "samples", list(growth))
-    return result | run.record["sampling"] | settings
+            result |= {f"seconds{name}": np.mean([*map(len, sounds)]).item() / dataset.sample_rate,
+                       f"voiced_fraction{name}": np.mean(voiced).item()}
+        result["seconds_per_second_of_sound"] = (
+            cost["seconds_per_sound"] / max(result["seconds"], 1e-9))
+    if model.output == "images":
+        sample(run, min(n, 30), seed=seed, out=run.folder / "samples", **settings)  # process.gif
+    write_samples(drawn, run, run.folder / "samples")
+    return result
 
 
 def judge_samples(drawn: dict[str, np.ndarray], dataset: Dataset, expert: Judge) -> dict:
@@ -188,8 +190,8 @@ def held_out_bits(run: Run, dataset: Dataset, n: int) -> dict:
         name, count = "bits_per_sample", test["lengths"].sum().item()
         few = every(500, len(dataset))  # enough to count
         train = {column: rows[few] for column, rows in columns(model, dataset).items()}
-        baselines = entropy_baselines(*(cut(mu_law_encode(part["waveforms"]), part["lengths"])
-                                        for part in (train, test)))
+        baselines = entropy_baselines(*(
+            cut(part | {"waveforms": mu_law_encode(part["waveforms"])}) for part in (train, test)))
     return {name: metrics.bits_per_dim(nats, count)} | {
         f"{name}_{baseline}": value for baseline, value in baselines.items()}
 
@@ -245,7 +247,8 @@ def evaluate_codec(run: Run, dataset: Dataset, expert: Judge, n: int) -> dict:
     names, folder = list(sounds), files.make_folder(run.folder / "samples")
     write_sounds(list(sounds.values()), names, names, folder, columns=len(shown))
     # Speed on one recording of up to ten seconds, in float32 as the command `encode` computes.
-    clip = torch.cat(cut(waveforms, lengths))[None, : 10 * dataset.sample_rate].to(machine.device())
+    clip = torch.cat(cut({"waveforms": waveforms, "lengths": lengths}))
+    clip = clip[None, : 10 * dataset.sample_rate].to(machine.device())
     seconds, tokens = clip.shape[1] / dataset.sample_rate, model.encode(clip)
     factor, name = sound_metrics.real_time_factor, "real_time_factor_one_thread"
     return result | best | {f"encode_{name}": factor(lambda: model.encode(clip), seconds),
@@ -256,7 +259,7 @@ def judge_copies(originals: Tensor, copies: Tensor, lengths: Tensor, wanted: dic
                  expert: Judge) -> dict:
     """Metrics of copies (N, T) of sounds; STOI of all of them joined, as one is too short."""
     copies = copies * (torch.arange(copies.shape[1]) < lengths[:, None])  # silence in the padding
-    clips = [[clip.numpy() for clip in cut(rows, lengths)] for rows in (originals, copies)]
+    clips = [cut({"waveforms": rows.numpy(), "lengths": lengths}) for rows in (originals, copies)]
     joined = [np.concatenate(part) for part in clips]
     result = {"si_sdr": np.mean(list(map(sound_metrics.si_sdr, *clips))).item(),
               "mel_distance": sound_metrics.mel_distance(*joined)}
@@ -278,20 +281,10 @@ def unit(examples: Tensor) -> Tensor:
     return examples.float() / 127.5 - 1 if examples.dtype == torch.uint8 else examples
 
 
-def every(n: int, total: int) -> list[int]:
-    """n of the numbers below total, or all of them, evenly spaced."""
-    return np.linspace(0, total - 1, min(n, total)).astype(int).tolist()
-
-
 def first(n: int, dataset: Dataset) -> list[int]:
     """n of the test examples, or all: the first images; sounds, which are sorted, evenly spaced."""
     total = len(dataset.test[dataset.main])
     return every(n, total) if dataset.kind == "sounds" else list(range(min(n, total)))
-
-
-def cut(rows: Tensor, lengths: Tensor) -> list[Tensor]:
-    """Padded rows (N, T) -> clips of their own lengths."""
-    return [row[:length] for row, length in zip(rows.cpu(), lengths.tolist(), strict=True)]
 
 
 def table(rows: list[dict]) -> str:

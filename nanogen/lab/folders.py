@@ -2,7 +2,7 @@
 
     runs/<method>-<data>/   config.json  model.safetensors (EMA weights)  state.pt (to resume)
                             log.jsonl  metrics.json  samples/  base/ (its tokenizer, if any)
-                            lock (while it is trained)  after-N-steps/ (if it then went on)
+                            lock (while it is trained)
 
 A run that is built on another one keeps a copy of it in base/, so that its folder can be moved.
 """
@@ -37,7 +37,8 @@ def read_record(folder: Path) -> dict:
 # ---- may a training go on
 
 def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
-    """The record of the run in this folder, if it may go on like this; None: the folder is free."""
+    """The record of the run in this folder, if it may go on like this; None: the folder is free.
+    A finished run stays what it is: its learning rate has fallen to 0."""
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder} is a file: choose another --out.")
     if not (folder / RECORD).exists():
@@ -50,31 +51,16 @@ def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -
     if record["method"] != method or (kind_of(there["origin"]) and there["name"] != data):
         raise UserError(f"{folder} is a {record['method']} on {there['name']}, not a {method} on "
                         f"{data}: choose another --out.")
-    fixed = record["config"] | {name: record["training"].get(name, "")
-                                for name in ("optimizer", "seed", "precision")}
+    if (folder / WEIGHTS).exists():
+        state, kept = "is finished", record["training"].keys() - {"compile", "save_every"}
+    else:
+        state, kept = "was begun", ("optimizer", "seed", "precision")
+    fixed = record["config"] | {name: record["training"].get(name, "") for name in kept}
     for name, value in overrides.items():
         if name in fixed and fixed[name] != json.loads(json.dumps(value)):  # JSON has no tuples
-            raise UserError(f"{folder} was begun with {name} {fixed[name]!r}, not {value!r}: "
-                            "--out DIR starts another run.")
+            raise UserError(f"{folder} {state} with {name} {fixed[name]!r}, not {value!r}: "
+                            "--out new/RUN starts another run.")
     return record
-
-
-def longer(folder: Path, record: dict, overrides: dict) -> bool:
-    """Whether a finished run is asked to train for longer. UserError where it cannot, and where
-    another setting would have no effect."""
-    before = record["training"]
-    done = {"steps": record.get("steps", 0),
-            "minutes": before["minutes"] or record.get("minutes", 0)}
-    if any(overrides.get(name, 0) > done[name] for name in done):
-        if not (folder / "state.pt").exists():
-            raise UserError(f"{folder} is finished, and without its state.pt it cannot go on: "
-                            "choose another --out.")
-        return True
-    for name in overrides.keys() & before.keys() - {*done, "compile", "save_every"}:
-        if overrides[name] != before[name]:
-            raise UserError(f"{folder} is finished, with {name} {before[name]}, not "
-                            f"{overrides[name]}: more --steps go on, --out DIR starts another run.")
-    return False
 
 
 # ---- the folder of a run, and of the run that it requires
@@ -96,30 +82,17 @@ def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
     return folder.parent / run_name(need.method, need.data or dataset.name, need.config)
 
 
-def place_of(prefix: str, dataset: Dataset, parent: Path) -> Path:
-    """The run PREFIX-DATA of exactly this data, which may have had another name; else a free folder
-    for it: judge-pets, or judge-pets-2 where that is of other pets."""
-    for path in sorted(parent.glob(f"{prefix}-*/{RECORD}")):
+def place_of(prefix: str, dataset: Dataset, *parents: Path) -> Path:
+    """The run PREFIX-DATA of exactly this data in one of these folders; the data may have had
+    another name. Else the place for it in the first folder."""
+    records = [parent.glob(f"{prefix}-*/{RECORD}") for parent in parents]
+    for path in itertools.chain(*map(sorted, records)):
         with contextlib.suppress(UserError):  # damaged
             record = read_record(path.parent)
             usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")  # no variant
             if usual and record["data"]["fingerprint"] == dataset.fingerprint:
                 return path.parent
-    place, numbers = parent / f"{prefix}-{dataset.name}", itertools.count(2)
-    while (place / RECORD).exists():
-        place = parent / f"{prefix}-{dataset.name}-{next(numbers)}"
-    return place
-
-
-def check_base(base: Path, record: dict, need: Requirement, dataset: Dataset) -> None:
-    """UserError if the run in `base` is not what is needed."""
-    for name, wanted in need.config.items():
-        found, wanted = record["config"].get(name), json.loads(json.dumps(wanted))
-        if record["method"] != need.method or found != wanted:
-            raise UserError(f"{base} has {name} {found!r}, but {wanted!r} is needed: "
-                            f"train another {need.method}.")
-    if not need.data:
-        check_data(base, record, dataset)
+    return parents[0] / f"{prefix}-{dataset.name}"
 
 
 def check_data(folder: Path, record: dict, dataset: Dataset) -> None:

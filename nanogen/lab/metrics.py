@@ -115,12 +115,9 @@ def ssim(a: Array, b: Array) -> float:
 
 
 def _unit_images(*sets: Array) -> list[Tensor]:
-    """Images as in `psnr`, clamped -> float (N, 3, H, W) in [0, 1] on the CPU, all of one shape."""
-    tensors = [x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else
-               (x.float().clamp(-1, 1) + 1) / 2 for x in map(_tensor, sets)]
-    if len(shapes := {x.shape for x in tensors}) > 1:
-        raise UserError(f"images of different sizes do not compare: {[[*x] for x in shapes]}")
-    return tensors
+    """Images as in `psnr`, clamped -> float (N, 3, H, W) in [0, 1] on the CPU."""
+    return [x.permute(0, 3, 1, 2).float() / 255 if x.dtype == torch.uint8 else
+            (x.float().clamp(-1, 1) + 1) / 2 for x in map(_tensor, sets)]
 
 
 def radial_spectrum(images: Array) -> tuple[np.ndarray, np.ndarray]:

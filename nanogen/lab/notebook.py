@@ -122,7 +122,7 @@ def spectrograms(waveforms, titles: list[str], columns: int = 10) -> None:
 def loss_curve(run: runs.Run, chance: float) -> None:
     """The loss of a run, beside the loss of a model that has learned nothing (`chance`), and beside
     the curve to expect from the recipe, [[percent of the budget, loss], ...], if it has one."""
-    log = report.read_json(run.folder / "log.jsonl", [])
+    log = report.read_json(run.folder / "log.jsonl")
     title = f"{run.folder.name}: the loss ends at {log[-1]['loss']:.3f}"
     figure, data = plots.loss_plot(log, chance, title), run.record["data"]
     expected = recipes.find_recipe(run.method, data["origin"], data["kind"]).get("expected", {})

@@ -13,6 +13,7 @@ import numpy as np
 from nanogen.data import numbers
 from nanogen.data.datasets import Dataset
 from nanogen.lab.dubbing import listen
+from nanogen.lab.prepare import every
 from nanogen.lab.prompt_metrics import read
 from nanogen.lab.runs import Run
 from nanogen.lab.sample import cut, sample, write_samples
@@ -46,19 +47,20 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
     """The fraction of numbers that arrive, for each pair of parts, on n held-out combinations.
     The language that training kept apart from images has rows of its own, and so has the way from
     sound to image by a text."""
-    rows = np.linspace(0, len(dataset.test["images"]) - 1, n).astype(int)
+    rows = every(n, len(dataset.test["images"]))
     test = {name: [values[i] for i in rows] for name, values in dataset.test.items()}
     clips = [np.trim_zeros(clip, "b").astype(np.float32) / 32768 for clip in test["clips"]]
     wanted, language = np.array(test["labels"]), np.array(test["language"])
     separate, learned = run.model.config.separate, run.model.config.parts.split("+")
     apart = language == numbers.NAMES.index(separate) if separate else language < 0
     truth = {"text": test["prompts"], "image": test["images"], "sound": clips}
-    result = {"samples": n, "image_real": np.mean(seen(reader, np.stack(test["images"])) == wanted)}
+    result = {"samples": len(rows),
+              "image_real": np.mean(seen(reader, np.stack(test["images"])) == wanted)}
     for name, sounds in (("real", clips), ("codec", codec_copies(run.model.codec, clips))):
         result[f"sound_{name}"] = np.mean(digit(heard(listener, sounds)) == wanted)
 
     def draw(source: str, given: list, target: str) -> tuple[dict, np.ndarray]:
-        drawn = sample(run, n, {GIVEN[source]: given}, seed, batch_size=50,
+        drawn = sample(run, len(rows), {GIVEN[source]: given}, seed, batch_size=50,
                        **settings | {"ask": target})
         if target == "image":
             return drawn, np.array(seen(reader, drawn["images"]))
@@ -83,4 +85,4 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
         if (source, target) == ("sound", "text") and "image" in learned:
             _, found = draw("text", list(drawn["thoughts"]), "image")
             note("sound to text to image", found == wanted)
-    return result | run.record["sampling"] | settings
+    return result

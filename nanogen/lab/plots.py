@@ -32,10 +32,7 @@ def to_float(images: np.ndarray | Tensor) -> Tensor:
 
 def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Image.Image:
     """uint8 (N, H, W, 3) -> one image of rows of `columns`, the last of which may be short.
-    Each image is enlarged `scale` times, by repeating pixels, with `pad` white pixels around it.
-    ValueError for anything but uint8 images."""
-    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise ValueError(f"a grid needs uint8 (N, H, W, 3), got {images.dtype} {images.shape}")
+    Each image is enlarged `scale` times, by repeating pixels, with `pad` white pixels around it."""
     columns = min(columns, len(images))
     images, missing = images.repeat(scale, axis=1).repeat(scale, axis=2), -len(images) % columns
     tiles = np.pad(images, ((0, missing), (pad, 0), (pad, 0), (0, 0)), constant_values=255)
@@ -47,11 +44,9 @@ def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Imag
 def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
              milliseconds: int = 120, last: int = 2000) -> Path:
     """An endless animation of grids. frames: a uint8 (N, H, W, 3) for each moment, shown for
-    `milliseconds`, the last one for `last`. ValueError for no frames or frames of several shapes.
+    `milliseconds`, the last one for `last`.
     One palette for all frames, from two late ones, keeps what does not change from flickering.
     There is no dithering, because it would add new noise to every frame."""
-    if len({frame.shape for frame in frames}) != 1:
-        raise ValueError("an animation needs at least one frame, and all frames of one shape")
     late = np.concatenate([grid(frames[i], columns, scale=1) for i in (-1, len(frames) * 3 // 4)])
     palette = Image.fromarray(late).quantize(256, Image.Quantize.MEDIANCUT, kmeans=1)
     sheets = [grid(frame, columns, scale).quantize(palette=palette, dither=Image.Dither.NONE)

@@ -66,7 +66,7 @@ def held_out(model: Method, dataset: Dataset, count: int) -> dict[str, Tensor] |
     total = len(dataset.test[dataset.main])
     if model.kind != "generator" or model.examples or not total:
         return None
-    rows = np.linspace(0, total - 1, min(count, total)).astype(int)
+    rows = every(count, total)
     test = {name: tensor[rows] for name, tensor in test_columns(model, dataset).items()}
     return encode(model, test, flip=False) if model.encodes else test
 
@@ -155,6 +155,11 @@ def to_tensor(images: np.ndarray, size: int) -> Tensor:
         return tensor
     parts = (F.interpolate(part.float(), size, mode="area") for part in tensor.split(2000))
     return torch.cat([part.round().byte() for part in parts])
+
+
+def every(n: int, total: int) -> list[int]:
+    """n of the numbers below total, or all of them, evenly spaced."""
+    return np.linspace(0, total - 1, min(n, total)).astype(int).tolist()
 
 
 def pad(clips: list[np.ndarray]) -> tuple[Tensor, Tensor]:

@@ -48,15 +48,16 @@ def minutes_here(recipe: dict) -> float | None:
     return expected["minutes"] * share * expected["gflops"] / machine.speed(machine.precision())
 
 
-def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> dict:
-    """The recipe of a required run. By the recipe "tour", a tokenizer takes "tour", and a
-    perceptual network "tour perceptual"; where that does not exist, the one that the requirement
+def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> str:
+    """The name of the recipe of a required run. By the recipe "tour", a tokenizer takes "tour", and
+    a perceptual network "tour perceptual"; where that does not exist, the one that the requirement
     names."""
     name = f"{recipe} {need.recipe}".removesuffix(" default")
     try:
-        return find_recipe(need.method, data, kind, name)
+        find_recipe(need.method, data, kind, name)
+        return name
     except UserError:
-        return find_recipe(need.method, data, kind, need.recipe)
+        return need.recipe
 
 
 def make_config(method: str, settings: dict, overrides: dict, facts: dict) -> tuple:

@@ -3,7 +3,7 @@
     python -m nanogen report runs/maskgit-cifar10 runs/flow-cifar10
 
 First comes what each run drew, then a table over all runs, then a card for each, with all that lies
-in its samples/. What is missing or damaged is said in a sentence. report.html is the template.
+in its samples/. What is missing is said in a sentence. report.html is the template.
 """
 
 import base64
@@ -17,6 +17,7 @@ from PIL import Image
 
 from nanogen import UserError, __version__, files
 from nanogen.lab import plots
+from nanogen.lab.prepare import every
 from nanogen.method import METHODS, find
 
 
@@ -25,9 +26,9 @@ def write(runs: list[Path], out: Path, title: str = "nanogen report", intro: str
           stories: dict[str, str] | None = None) -> Path:
     """Write one page about these run folders to the file `out`, and return its path.
     intro: plain text below what was drawn, with an empty line between paragraphs. tables: heading
-    -> rows (dicts column -> value), shown after the table over all runs; a value that is a data_uri
-    is shown as an image. stories: name of a run's folder -> a sentence beside what it drew.
-    UserError for a folder that is not a run, and where `out` cannot be written."""
+    -> rows (dicts column -> value), shown after the table over all runs. stories: name of a run's
+    folder -> a sentence beside what it drew. UserError for a folder that is not a run, for a
+    damaged file in it, and where `out` cannot be written."""
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"value": value_text, "flat": flat, "groups": groups}
@@ -44,20 +45,15 @@ def read_run(folder: Path) -> dict:
     """What a run's folder holds, as far as it is there. UserError if the folder is not a run."""
     if not (folder / "config.json").is_file():
         raise UserError(f"{folder} is not a run: give a folder that `train` has written.")
-    remarks = []
-    config, metrics, log = (read_json(folder / name, remarks)
-                            for name in ("config.json", "metrics.json", "log.jsonl"))
+    [config], metrics, log = (read_json(folder / name)
+                              for name in ("config.json", "metrics.json", "log.jsonl"))
     curve = any("loss" in line for line in log) and plots.png(plots.loss_plot(log))
-    config, drawn = dict(*config), {}
-    try:
-        path = folder / "samples" / "samples.npz"
-        drawn = files.read_npz(path) if path.exists() else {}
-    except UserError as error:
-        remarks.append(str(error))
-    shown = samples(folder / "samples", conditions(drawn, config.get("names", {})), remarks)
+    path = folder / "samples" / "samples.npz"
+    drawn = files.read_npz(path) if path.exists() else {}
+    shown = samples(folder / "samples", conditions(drawn, config.get("names", {})))
     module = find(config["method"]) if config.get("method") in METHODS else None
     return {"folder": folder, "config": config, "metrics": dict(*metrics), "log": log,
-            "curve": curve and data_uri("image/png", curve), "samples": shown, "remarks": remarks,
+            "curve": curve and data_uri("image/png", curve), "samples": shown,
             "story": module.__doc__.splitlines()[0] if module else "",
             "first": first_look(folder / "samples", config, drawn, shown)}
 
@@ -68,7 +64,7 @@ def first_look(folder: Path, config: dict, drawn: dict, shown: list[dict]) -> di
     what its samples.npz holds. shown: what `samples` finds."""
     found, size = {item["name"]: item for item in shown}, config.get("config", {}).get("size")
     if "prompts" in drawn and {"images", "videos"} & drawn.keys():
-        few = np.linspace(0, len(drawn["prompts"]) - 1, min(5, len(drawn["prompts"]))).astype(int)
+        few = every(5, len(drawn["prompts"]))
         row = drawn["images"][few] if "images" in drawn else [
             np.concatenate(clip[::3], axis=1) for clip in drawn["videos"][few]]  # frames in turn
         return {"columns": drawn["prompts"][few].tolist(), "images": [list(map(image_uri, row))]}
@@ -80,7 +76,7 @@ def first_look(folder: Path, config: dict, drawn: dict, shown: list[dict]) -> di
         return {"images": [[image_uri(grid[i : i + 2 * size : 2, j : j + 2 * size : 2])
                             for j in range(2, grid.shape[1], cell)] for i in (2, cell + 2)]}
     sounds = [name for name in found if name.isdigit() or name.endswith("_original")]
-    chosen = [sounds[i] for i in np.linspace(0, len(sounds) - 1, min(3, len(sounds))).astype(int)]
+    chosen = [sounds[i] for i in every(3, len(sounds))]
     if config.get("method") == "codec":  # beside each original the copy of the highest bit rate
         copies = [sorted((name for name in found if name.startswith(f"{original[:3]}_codec_")),
                          key=lambda name: float(name.split("_")[2]))[-1:] for original in chosen]
@@ -97,7 +93,7 @@ def one_each(examples: dict, main: str, names: dict, most: int = 10) -> list[tup
     columns of one length, `main` and mostly "labels". names: {"labels": names of the classes}."""
     known = names.get("labels") or [""]
     labels = examples.get("labels", np.zeros(len(examples[main]), int))
-    chosen = np.linspace(0, len(known) - 1, min(most, len(known))).astype(int).tolist()
+    chosen = every(most, len(known))
     numbers = {label: iter(np.flatnonzero(labels == label)) for label in chosen}
     found = [(label, next(numbers[label], None))
              for label in chosen for _ in range(most // len(chosen))]
@@ -109,35 +105,29 @@ def image_uri(image: np.ndarray | None) -> str | None:
     return None if image is None else data_uri("image/png", plots.png(Image.fromarray(image)))
 
 
-def read_json(path: Path, remarks: list[str]) -> list[dict]:
+def read_json(path: Path) -> list[dict]:
     """The dict in a JSON file, or the dicts in the lines of a .jsonl; [] for no file."""
-    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else None
-    found = []
-    for part in text.splitlines() if text and path.suffix == ".jsonl" else [text or "{}"]:
-        try:
-            found.append(dict(json.loads(part)))
-        except (ValueError, TypeError):
-            remarks.append(f"{path.name} is damaged: what cannot be read is left out here.")
-    return found
+    if not path.exists():
+        return []
+    with files.explained(f"{path} is damaged ({{reason}}): delete it."):
+        text = path.read_text(encoding="utf-8")
+        return [json.loads(part) for part in (
+            text.splitlines() if path.suffix == ".jsonl" else [text])]
 
 
-def samples(folder: Path, asked: list[str], remarks: list[str]) -> list[dict]:
+def samples(folder: Path, asked: list[str]) -> list[dict]:
     """Dicts with "name", "uri", "asked": what it shows, in words; and the "width" of images.
     asked: what each sample was asked to show."""
     images, sounds = sorted([*folder.glob("*.png"), *folder.glob("*.gif")]), folder.glob("*.wav")
     shown = []
     for path in [*images, *sorted(sounds)]:
         mine = asked[int(path.stem) :][:1] if path.stem.isdigit() else list(dict.fromkeys(asked))
-        item = {"name": path.stem, "asked": mine}
-        try:
-            if path.suffix == ".wav":
-                soundfile.info(path)
-            else:
+        media = f"{'audio' if path.suffix == '.wav' else 'image'}/{path.suffix[1:]}"
+        item = {"name": path.stem, "asked": mine, "uri": data_uri(media, path.read_bytes())}
+        if path.suffix != ".wav":
+            with files.explained(f"{path} is damaged ({{reason}}): delete it."):
                 item["width"] = Image.open(path).width
-            media = f"{'image' if 'width' in item else 'audio'}/{path.suffix[1:]}"
-            shown.append(item | {"uri": data_uri(media, path.read_bytes())})
-        except (OSError, RuntimeError):  # UnidentifiedImageError, SoundFileError
-            remarks.append(f"{path.name} is damaged, and left out here.")
+        shown.append(item)
     return shown
 
 

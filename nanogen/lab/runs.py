@@ -4,8 +4,8 @@
     run = load_run("runs/maskgit-cifar10")                  # later, anywhere
     images = run.sample(16, label="horse", guidance=3.0)    # uint8 (16, 32, 32, 3)
 
-`train_run` checks all that is cheap to check and loads the data, `plan` lists the trainings that
-are missing, required ones first, and `train_job` does one of them.
+`train_run` checks all that is cheap to check, loads the data, calls itself for the run that is
+required, and `train_one` does the training.
 """
 
 import contextlib
@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from nanogen import UserError, files
 from nanogen.data.datasets import Dataset, kind_of, load, name_of, remembered, resolved, whole
-from nanogen.files import enough_memory, explained, locked, make_folder, write_json
+from nanogen.files import enough_memory, explained, locked, write_json
 from nanogen.lab import folders, machine
 from nanogen.lab.folders import RECORD, WEIGHTS, begun, check_data, copy_run, place_of, read_record
 from nanogen.lab.machine import join_processes
@@ -82,30 +82,16 @@ class Run:
 
 # ---- training
 
-@dataclass
-class Job:
-    """One training, completely decided."""
-
-    method: str
-    folder: Path
-    config: object
-    training: Training
-    sampling: dict
-    begun: bool  # the folder has a state to go on with
-    requirement: Requirement | None
-    base: Path | None  # the folder of the required run
-    dataset: Dataset
-
-
 def train_run(method: str, data: str | Path | Dataset | None = None, overrides: dict | None = None,
               folder: str | Path | None = None, recipe: str = "default", resume: bool = False,
-              quiet: bool = False, budget: dict | None = None) -> Run:
+              quiet: bool = False, budget: dict | None = None, needed_by: str = "") -> Run:
     """Train a method on a data set and leave a run folder, runs/<method>-<data> unless told.
     data: a name, a folder or a Dataset; cifar10 or fsdd unless told. overrides: fields of the
     method's Config or of Training. resume: go on with an interrupted run; its network stays as it
-    is, and `overrides` may change the other settings of the training. A finished one is loaded,
-    unless more minutes or steps are given. budget: minutes or steps for this run and those that it
-    requires, except judges. UserError for what the caller can mend."""
+    is, and `overrides` may change the other settings of the training. A finished one is loaded.
+    budget: minutes or steps for this run and those that it requires, except judges. needed_by: what
+    needs it, in words; then a program that trains it already is waited for. UserError for what the
+    caller can mend."""
     if method not in METHODS:
         raise UserError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
     kind = find(method).Model.data
@@ -113,12 +99,11 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     if not isinstance(data, Dataset):
         data = resolved(data or ("fsdd" if kind == "sounds" else "cifar10"))
         check_kind(method, data, kind_of(data))
-    name, origin = (data.name, data.origin) if isinstance(data, Dataset) else (name_of(data), data)
+    name = data.name if isinstance(data, Dataset) else name_of(data)
     folder = Path(folder or Path("runs") / folders.run_name(method, name, overrides))
     record = begun(folder, method, name, overrides, resume)
-    finished = bool(record) and (folder / WEIGHTS).exists()
-    goes_on = finished and folders.longer(folder, record, overrides)
-    if finished and not goes_on and record["data"]["origin"] == origin:
+    finished = record and (folder / WEIGHTS).exists()
+    if finished and isinstance(data, str) and record["data"]["origin"] == data:
         return load_run(folder)
     if isinstance(data, str) and (kind := kind_of(data) or kind) != "any":
         early = record or find_recipe(method, data, kind, recipe)
@@ -128,130 +113,106 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     check_columns(method, dataset)
     if record:
         check_data(folder, record, dataset)
-        if finished and not goes_on:  # its data was moved
-            return load_run(folder)
-
-    def missing() -> dict[Path, Job]:
-        record = begun(folder, method, name, overrides, resume)
-        settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
-        jobs = plan(method, dataset, settings, overrides, folder, record, recipe, budget or {})
-        return {job.folder: job for job in jobs}
-
+    if finished:
+        return load_run(folder)
     rank, world = join_processes()
-    for place in missing():
-        shared = place != folder or find(method).Model.kind == "judge"
-        with locked(place, wait=shared) if rank == 0 else contextlib.nullcontext():
-            if world > 1:
-                dist.barrier()  # the first process has the lock
-            job = missing().get(place)  # again: another program may have trained it meanwhile
-            if world > 1:
-                dist.barrier()  # every process has read the folders before the first one writes
-            if not job or (job.begun and (place / WEIGHTS).exists() and not goes_on):
-                run = load_run(place)
-                continue
-            if place != folder and not quiet:
-                print(f"{method} requires {place}, which is trained first.", flush=True)
-            run = train_job(job, job.dataset, quiet)
-    return run
-
-
-def plan(method: str, dataset: Dataset, settings: dict, overrides: dict, folder: Path,
-         record: dict | None, recipe: str, budget: dict) -> list[Job]:
-    """The trainings that are missing for this run, the required ones first."""
-    jobs: list[Job] = []
-    while True:  # from a run to the run that it requires
+    wait = bool(needed_by) or find(method).Model.kind == "judge"
+    with locked(folder, wait) if rank == 0 else contextlib.nullcontext():
+        if world > 1:
+            dist.barrier()  # the first process has the lock
+        record = begun(folder, method, name, overrides, resume)  # again, as we may have waited
+        if record and (folder / WEIGHTS).exists():
+            return load_run(folder)
+        settings = record or find_recipe(method, dataset.origin, dataset.kind, recipe)
         config, training = make_config(method, settings, overrides, facts(dataset))
         check_batch(training, len(dataset))
         check_size(config, dataset)
         need = find(method).Model.requires(config)
-        base = folders.base_folder(folder, dataset, need) if need else None
-        jobs.insert(0, Job(method, folder, config, training, settings["sampling"],
-                           record is not None, need, base, dataset))
-        if need is None:
-            return jobs
-        record = read_record(base) if (base / RECORD).exists() else None
-        if record:
-            folders.check_base(base, record, need, dataset)
-        if (base / WEIGHTS).exists():
-            return jobs
-        if need.data:
-            dataset = remembered(need.data, dataset.count)
-        method, folder, overrides = need.method, base, {} if record else need.config
-        if not record and find(method).Model.kind != "judge":
-            overrides = overrides | budget
-        settings = record or required_recipe(need, dataset.origin, dataset.kind, recipe)
+        base = need and required_run(need, method, folder, dataset, recipe, quiet, budget)
+        if needed_by and not quiet:
+            print(f"{needed_by} {folder}, which is trained first.", flush=True)
+        return train_one(method, dataset, config, training, settings["sampling"], base, folder,
+                         resume=record is not None, quiet=quiet)
 
 
-def train_job(job: Job, dataset: Dataset, quiet: bool) -> Run:
+def required_run(need: Requirement, method: str, folder: Path, dataset: Dataset, recipe: str,
+                 quiet: bool, budget: dict | None) -> Run:
+    """The run that `method` in `folder` requires, loaded or trained now."""
+    base = folders.base_folder(folder, dataset, need)
+    recipe = required_recipe(need, need.data or dataset.origin, dataset.kind, recipe)
+    if need.data:  # a finished run needs no data to be loaded
+        finished = (base / WEIGHTS).exists()
+        dataset = need.data if finished else remembered(need.data, dataset.count)
+    budget = None if find(need.method).Model.kind == "judge" else budget
+    train_run(need.method, dataset, need.config, base, recipe, resume=True, quiet=quiet,
+              budget=budget, needed_by=f"{method} requires")
+    return load_run(base)  # as from now on, not as the training left it
+
+
+def train_one(method: str, dataset: Dataset, config, training: Training, sampling: dict,
+              base: Run | None, folder: Path, resume: bool, quiet: bool) -> Run:
     """Build the model, prepare its data, train it, and write the run's folder."""
     rank, world = join_processes()
-    precision = [str(machine.precision(job.training.precision)).removeprefix("torch.")]
+    precision = [str(machine.precision(training.precision)).removeprefix("torch.")]
     if world > 1:  # the first process decides for all
         dist.broadcast_object_list(precision)
-    job.training.precision = precision[0]  # stored, so that a resumed run computes the same
-    base = load_run(job.base) if job.base else None
-    torch.manual_seed(job.training.seed)
-    model = build(job.method, job.config, base)
+    training.precision = precision[0]  # stored, so that a resumed run computes the same
+    torch.manual_seed(training.seed)
+    model = build(method, config, base)
     encoder = base.folder if base and base.model.kind == "tokenizer" else None
-    tensors = prepare(model, dataset, job.training.flip, encoder, keep=rank == 0)
-    half = max(min(job.training.batch_size, len(dataset)) // 2, 1)
+    tensors = prepare(model, dataset, training.flip, encoder, keep=rank == 0)
+    half = max(min(training.batch_size, len(dataset)) // 2, 1)
     advice = f"try --batch-size {half}, or a smaller network"
-    if job.begun:
-        read_state(job.folder)  # refuses a damaged state before any file is replaced
-    else:  # try one real step before the folder is made
-        sentence = f"{job.method} cannot take this data with these settings: {{reason}}."
+    if resume:
+        read_state(folder)  # refuses a damaged state before any file is replaced
+    else:  # try one real step before anything is written
+        sentence = f"{method} cannot take this data with these settings: {{reason}}."
         with explained(sentence, *BAD), enough_memory(advice):
-            try_step(model, tensors, job.training)
+            try_step(model, tensors, training)
     names = dict(dataset.names)
     if "speakers" in names:
         heard = set(dataset.train["speakers"].tolist())
         names["speakers"] = [names["speakers"][number] if number in heard else ""
                              for number in range(dataset.classes("speakers"))]
     record = {
-        "name": job.folder.name, "method": job.method, "data": dataset.describe(),
-        "config": dataclasses.asdict(job.config), "training": dataclasses.asdict(job.training),
-        "sampling": job.sampling, "names": names,
-        "machine": machine.describe(job.training.precision),
+        "name": folder.name, "method": method, "data": dataset.describe(),
+        "config": dataclasses.asdict(config), "training": dataclasses.asdict(training),
+        "sampling": sampling, "names": names, "machine": machine.describe(training.precision),
         "examples": {name: list(dataset.test[name][:20])  # for `sample` without a text
                      for name, kind in model.conditions.items() if kind == "text"},
         "parameters": sum(p.numel() for p in model.parameters()),
     }
     if base:
         record["required_minutes"] = base.record["minutes"] + base.record.get("required_minutes", 0)
-    if base and not job.requirement.training_only:
-        record["requires"] = {"method": base.method, "name": base.record["name"],
-                              "minutes": base.record["minutes"],
-                              "hash": files.content_hash(base.folder / WEIGHTS)}
+        if not find(method).Model.requires(config).training_only:
+            record["requires"] = {"method": base.method, "name": base.record["name"],
+                                  "minutes": base.record["minutes"],
+                                  "hash": files.content_hash(base.folder / WEIGHTS)}
+    if world > 1:
+        dist.barrier()  # every process has read the folder before the first one writes
     if rank == 0:
-        make_folder(job.folder)
-        if job.begun and (job.folder / WEIGHTS).exists():
-            kept = job.folder / f"after-{read_record(job.folder).get('steps')}-steps"
-            print(f"{job.folder} is finished and goes on; {kept} keeps it as it is.", flush=True)
-            copy_run(job.folder, kept)
         if "requires" in record:
-            copy_run(base.folder, job.folder / "base")
-        for name in (WEIGHTS, "metrics.json"):
-            (job.folder / name).unlink(missing_ok=True)
-        write_json(job.folder / RECORD, record)
+            copy_run(base.folder, folder / "base")
+        (folder / "metrics.json").unlink(missing_ok=True)  # of an earlier state
+        write_json(folder / RECORD, record)
         if not quiet:
-            steps, minutes = job.training.steps, job.training.minutes
+            steps, minutes = training.steps, training.minutes
             budget = f"{minutes:g} min" if minutes else f"{steps} steps"
             print(f"[{time.strftime('%H:%M')}] {record['parameters'] / 1e6:.1f} M parameters, "
-                  f"{budget}, {record['machine']} -> {job.folder}",
-                  *remarks(model, dataset, job.training.flip), sep="\n", flush=True)
-    few = max(64, 4 * job.training.batch_size)  # enough to see a rise; all would cost too much
+                  f"{budget}, {record['machine']} -> {folder}",
+                  *remarks(model, dataset, training.flip), sep="\n", flush=True)
+    few = max(64, 4 * training.batch_size)  # enough to see a rise; all would cost too much
     with enough_memory(advice):
-        log = train(model, tensors, job.training, job.folder, job.begun, quiet,
-                    held_out(model, dataset, few))
-    speed = machine.speed(machine.precision(job.training.precision))  # how fast this machine is
+        log = train(model, tensors, training, folder, resume, quiet, held_out(model, dataset, few))
+    speed = machine.speed(machine.precision(training.precision))  # how fast this machine is
     record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"], "gflops": round(speed)}
     if rank == 0:
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
-        write_json(job.folder / RECORD, record)  # the state has the same weights already
-        files.write_atomically(job.folder / WEIGHTS, lambda path: save_file(state, path))
+        write_json(folder / RECORD, record)  # the state has the same weights already
+        files.write_atomically(folder / WEIGHTS, lambda path: save_file(state, path))
     if world > 1:
         dist.barrier()
-    return Run(job.folder, job.method, model, record)
+    return Run(folder, method, model, record)
 
 
 def try_step(model: Method, data: dict[str, torch.Tensor], options: Training) -> None:
@@ -293,13 +254,9 @@ def judge(dataset: Dataset, folder: Path = Path("runs"), quiet: bool = False) ->
     """The judge of a data set, in `folder`: loaded, or trained now. It knows every speaker."""
     if (origin := whole(dataset.origin)) != dataset.origin:
         dataset = remembered(origin, dataset.count)
-    place = place_of("judge", dataset, Path(folder))
-    beside = place_of("judge", dataset, Path(folder).parent)  # of runs, for runs/compare-x
-    if not (place / RECORD).exists() and (beside / WEIGHTS).exists():
-        place = beside
-    if not (place / WEIGHTS).exists() and not quiet:
-        print(f"Evaluation needs the judge {place}, which is trained first.", flush=True)
-    return train_run("judge", dataset, {}, place, resume=True, quiet=quiet)
+    place = place_of("judge", dataset, Path(folder), Path(folder).parent)  # also above compare-x
+    return train_run("judge", dataset, {}, place, resume=True, quiet=quiet,
+                     needed_by="Evaluation needs")
 
 
 def expert(method: str, data: str, folder: Path = Path("runs"), count: int | None = None,
@@ -309,9 +266,8 @@ def expert(method: str, data: str, folder: Path = Path("runs"), count: int | Non
     place = Path(folder) / f"{method}-{data}"
     if (place / WEIGHTS).exists():
         return load_run(place)
-    if not quiet:
-        print(f"Evaluation needs the {method} {place}, which is trained first.", flush=True)
-    return train_run(method, remembered(data, count), {}, place, resume=True, quiet=quiet)
+    return train_run(method, remembered(data, count), {}, place, resume=True, quiet=quiet,
+                     needed_by="Evaluation needs")
 
 
 # ---- loading

@@ -11,6 +11,7 @@
 
 import functools
 import inspect
+import time
 import typing
 import unicodedata
 from pathlib import Path
@@ -25,14 +26,14 @@ from nanogen import UserError, files
 from nanogen.data.sources import SAMPLE_RATE, read_image, read_sound
 from nanogen.lab import machine
 from nanogen.lab.plots import grid, png, save_gif, spectrograms, to_float, to_uint8
-from nanogen.lab.prepare import encode_text, pad
+from nanogen.lab.prepare import encode_text, every, pad
 from nanogen.method import Method, check_settings
 
 if typing.TYPE_CHECKING:
     from nanogen.lab.runs import Run
 
 MOST_SOUNDS = 60  # .wav files in one folder; samples.npz has them all
-SOUND_KINDS = {".wav": "WAV", ".flac": "FLAC", ".ogg": "OGG"}
+SOUND_KINDS = (".wav", ".flac", ".ogg")
 
 
 def sampler_settings(model: Method) -> dict[str, type]:
@@ -100,11 +101,21 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
     return arrays
 
 
+def timed_sample(run: "Run", n: int, *arguments, **settings) -> tuple[dict, dict]:
+    """What `sample` draws, and what it cost, as metrics."""
+    start = time.perf_counter()
+    drawn = sample(run, n, *arguments, **settings)
+    machine.synchronize()
+    seconds = time.perf_counter() - start
+    name = "sound" if run.model.output == "waveforms" else run.model.output.removesuffix("s")
+    return drawn, {"samples": n, f"seconds_per_{name}": seconds / n}
+
+
 def read_condition(run: "Run", name: str, kind: str, said: list | None) -> list:
     """What the user says of a condition -> class numbers, texts, or tensors read from files."""
     if kind == "class":
-        every = [number for number, name in enumerate(run.names[name]) if name]  # "": never heard
-        return [number_of(value, name, run) for value in said] if said else every
+        heard = [number for number, name in enumerate(run.names[name]) if name]  # "": never
+        return [number_of(value, name, run) for value in said] if said else heard
     if kind == "text":
         return [str(text) for text in said or run.record["examples"][name]]
     if kind == "optional text":
@@ -136,9 +147,7 @@ def read_known(run: "Run", known: list, hole: tuple | None = None, mask: str | P
             raise UserError(f"--keep must be more than 0 and at most the length of the sound, "
                             f"{min(map(len, clips)) / SAMPLE_RATE:.2f} seconds, got {keep:g}.")
         return pad([clip[: round(keep * SAMPLE_RATE)] if keep else clip for clip in clips])
-    size = getattr(run.model.config, "size", 0)
-    if not size:
-        raise UserError(f"{run.method} cannot keep a part of an image.")
+    size = run.model.config.size
     if (hole is None) == (mask is None):
         raise UserError(f"Which part is to be drawn? --hole x,y,width,height in {size}x{size} "
                         "pixels, or --mask FILE, white there.")
@@ -210,8 +219,8 @@ def gather(outputs: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
             "sample_rate": np.array(SAMPLE_RATE)} | said
 
 
-def cut(drawn: dict[str, np.ndarray]) -> list[np.ndarray]:
-    """The waveforms that `sample` returned, each at its length."""
+def cut(drawn: dict) -> list:
+    """The waveforms that `sample` returned, or those of a batch, each at its length."""
     return [clip[:length] for clip, length
             in zip(drawn["waveforms"], drawn["lengths"], strict=True)]
 
@@ -227,7 +236,7 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
     files.write_npz(out / "samples.npz", drawn)
     if "waveforms" in drawn:
         total = len(drawn["lengths"])
-        chosen = np.linspace(0, total - 1, min(total, MOST_SOUNDS)).astype(int)
+        chosen = every(MOST_SOUNDS, total)
         clips = cut({name: drawn[name][chosen] for name in ("waveforms", "lengths")})
         titles = [", ".join(run.names[name][drawn[name][i]] if name in run.names
                             else str(drawn[name][i]) for name in run.model.conditions
@@ -237,14 +246,14 @@ def write_samples(drawn: dict[str, np.ndarray], run: "Run", out: Path, growth: l
     if not {"images", "videos"} & drawn.keys():
         return files.write_text(out / "texts.txt", "\n".join(drawn["thoughts"]) + "\n")
     images = drawn["images"] if "images" in drawn else drawn["videos"][:, 0]
-    images = images[np.linspace(0, len(images) - 1, min(len(images), 200)).astype(int)]
+    images = images[every(200, len(images))]
     columns = 10 if len(images) % 10 == 0 else 8
     files.write_atomically(out / "grid.png", grid(images, columns).save)
     moments, name = growth, "process.gif"
     if "videos" in drawn:
         moments, name = list(drawn["videos"].swapaxes(0, 1)), "videos.gif"
     if len(moments):
-        few = np.linspace(0, len(moments[0]) - 1, min(30, len(moments[0]))).astype(int)
+        few = every(30, len(moments[0]))
         moments, columns = [moment[few] for moment in moments], min(10, len(few))
         files.write_atomically(out / name, lambda path: save_gif(moments, path, columns=columns))
 
@@ -287,8 +296,7 @@ def encode(run: "Run", file: Path, out: Path, kbps: float | None = None) -> dict
         tokens, facts = ask(run, model.encode, image)[0].cpu().numpy(), {}
     if np.issubdtype(tokens.dtype, np.integer):
         tokens = tokens.astype(np.min_scalar_type(model.codebook_size - 1))
-    content = {"tokens": tokens, **facts, "method": np.array(run.method),
-               "hash": np.array(weights_hash(run))}
+    content = {"tokens": tokens, **facts, "hash": np.array(weights_hash(run))}
     files.write_npz(Path(out), content)
     return content
 
@@ -298,43 +306,27 @@ def decode(run: "Run", file: Path, out: Path) -> None:
     model, out = run.model, Path(out)
     if model.kind != "tokenizer":
         raise UserError(f"{run.folder} is a {run.method}: only tokenizers and codecs decode.")
-    content = read_tokens(run, file)
     kinds = SOUND_KINDS if model.data == "sounds" else (".png",)
     if out.suffix.lower() not in kinds:
         raise UserError(f"{out} must end in {' or '.join(kinds)}.")
-    tokens = torch.from_numpy(content["tokens"])
-    dtype = torch.float32 if tokens.is_floating_point() else torch.long
-    tokens = tokens.to(machine.device(), dtype)[None]
-    if model.data == "images":
-        image = Image.fromarray(to_uint8(ask(run, model.decode, tokens))[0])
-        return files.write_atomically(out, lambda path: image.save(path, format="PNG"))
-    with torch.no_grad():
-        parts = [part.cpu() for part in model.stream_decode(tokens.split(1024, dim=1))]
-    waveform = torch.cat(parts, dim=1)[0, : int(content["length"])].float().numpy()
-    kind = {"format": SOUND_KINDS[out.suffix.lower()]}
-    files.write_atomically(out, lambda p: soundfile.write(p, waveform, SAMPLE_RATE, **kind))
+    content = files.read_npz(file, "encode again")
+    with files.explained(f"{file} holds no tokens of {run.folder} ({{reason}}): encode again."):
+        if str(content["hash"]) != weights_hash(run):
+            raise ValueError("another run wrote it")
+        tokens = torch.from_numpy(content["tokens"])
+        dtype = torch.float32 if tokens.is_floating_point() else torch.long
+        tokens = tokens.to(machine.device(), dtype)[None]
+        if model.data == "images":
+            write = Image.fromarray(to_uint8(ask(run, model.decode, tokens))[0]).save
+        else:
+            with torch.no_grad():
+                parts = [part.cpu() for part in model.stream_decode(tokens.split(1024, dim=1))]
+            waveform = torch.cat(parts, dim=1)[0, : int(content["length"])].float().numpy()
+            write = functools.partial(soundfile.write, data=waveform, samplerate=SAMPLE_RATE)
+    files.write_atomically(out, write)
 
 
 def weights_hash(run: "Run") -> str:
     """Which weights wrote the tokens. UserError for an unfinished run: its weights still change."""
     with files.explained(f"{run.folder} is not finished: train it with --resume first.", OSError):
         return files.content_hash(run.folder / "model.safetensors")
-
-
-def read_tokens(run: "Run", file: Path) -> dict[str, np.ndarray]:
-    """What `encode` wrote, checked: complete, by this very run, and codes that it knows."""
-    content, model = files.read_npz(file, "encode again"), run.model
-    with files.explained(f"{file} holds no tokens ({{reason}}): encode again."):
-        tokens, written_by = content["tokens"], str(content["hash"])
-    if written_by != weights_hash(run):
-        raise UserError(f"{file} holds tokens of another run than {run.folder}: decode them with "
-                        "the run that encoded them, or encode again.")
-    kinds, most = ("ui", model.codebook_size - 1) if model.codebook_size else ("f", np.inf)
-    good = tokens.size and tokens.dtype.kind in kinds and np.abs(tokens).max() <= most
-    if model.data == "sounds":
-        good = good and tokens.ndim == 2 and tokens.shape[1] <= model.codebooks
-        good = good and len(tokens) == -(-int(content["length"]) // model.hop)
-    if not good or (kinds == "ui" and tokens.min() < 0):
-        raise UserError(f"{file} is damaged: its tokens are not codes of {run.folder}, or not as "
-                        "many as they should be.")
-    return content

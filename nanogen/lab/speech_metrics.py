@@ -9,8 +9,6 @@ the measurement itself.
     cents              a hundredth of a semitone: how far a note is from the one of the score
 """
 
-import time
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -20,13 +18,13 @@ from nanogen.data.datasets import Dataset
 from nanogen.data.sources import SAMPLE_RATE
 from nanogen.lab import machine, sound_metrics
 from nanogen.lab.dubbing import dub, listen
+from nanogen.lab.prepare import every
 from nanogen.lab.runs import Run
-from nanogen.lab.sample import cut, sample, write_samples
+from nanogen.lab.sample import cut, timed_sample, write_samples
 from nanogen.listener import Listener, edits, equal_error_rate
 from nanogen.method import Method
 
 STRETCHES = (0.7, 1.4)  # times the natural length
-PROMPT_SECONDS = (0.5, 1.0, 2.0)  # of the voice prompt
 DUBBED = 10  # clips of each language that are dubbed into all
 
 
@@ -84,44 +82,40 @@ def codec_copies(codec: Method, clips: list[np.ndarray]) -> list[np.ndarray]:
 def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,
                     settings: dict) -> dict:
     """Metrics of n test recordings: their first part is the voice prompt, by a voice that training
-    did not have; the words of the second part are said. Again at other lengths, with shorter
-    prompts; and the first parts are dubbed."""
-    test, total = dataset.test, len(dataset.test["waveforms"])
-    rows = np.linspace(0, total - 1, min(n, total)).astype(int).tolist()
+    did not have; the words of the second part are said. Again at other lengths; and the first parts
+    are dubbed."""
+    test = dataset.test
+    rows = every(n, len(test["waveforms"]))
     first, second, words = parts(test, rows)
     speakers, language = test["speakers"][rows], test["language"][rows, 1]
     names = np.array(run.names["languages"])
     of_prompts = listen(listener, first)[1]
-    every, few = slice(None), slice(None, None, 2)  # few: where much is drawn
+    whole, few = slice(None), slice(None, None, 2)  # few: where much is drawn
 
-    def say(voices: list, chosen: slice, **more) -> dict:
-        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": voices[chosen],
+    def say(chosen: slice, **more) -> tuple[dict, dict]:
+        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": first[chosen],
                  "languages": list(names[language[chosen]])}
-        return sample(run, len(asked["prompts"]), asked, seed, batch_size=25, **settings | more)
+        return timed_sample(run, len(asked["prompts"]), asked, seed, batch_size=25,
+                            **settings | more)
 
     def judged(clips: list, chosen: slice) -> tuple[dict, list]:
         heard, vectors = listen(listener, clips)
         error = voice_error(vectors, of_prompts[chosen], speakers[chosen])
         return {"words_right": score_of(words[chosen], heard), "voice_error": error}, heard
 
-    start = time.perf_counter()
-    drawn = say(first, every)
-    seconds = (time.perf_counter() - start) / len(rows)
-    right, heard = judged(cut(drawn), every)
-    result = {"samples": len(rows), "seconds_per_sound": seconds} | right
+    drawn, result = say(whole)
+    right, heard = judged(cut(drawn), whole)
+    result |= right
     for code, name in enumerate(names):
         chosen = np.flatnonzero(language == code)
         if len(chosen):
             result[f"words_right_{name}"] = score_of([words[i] for i in chosen],
                                                      [heard[i] for i in chosen])
     for suffix, clips in (("real", second), ("codec", codec_copies(run.model.codec, second))):
-        result |= {f"{name}_{suffix}": value for name, value in judged(clips, every)[0].items()}
+        result |= {f"{name}_{suffix}": value for name, value in judged(clips, whole)[0].items()}
     for stretch in STRETCHES:
-        clips = cut(say(first, few, tempo=1 / stretch))
+        clips = cut(say(few, tempo=1 / stretch)[0])
         result[f"at {stretch:g} times the length"] = judged(clips, few)[0]
-    for long in PROMPT_SECONDS:
-        shorter = [clip[: int(long * SAMPLE_RATE)] for clip in first]
-        result[f"prompt of {long:g} s"] = judged(cut(say(shorter, few)), few)[0]
     for source, name in enumerate(names):  # the first parts are dubbed into all languages
         ours = np.flatnonzero(test["language"][rows, 0] == source)[:DUBBED]
         clips, digits = [first[i] for i in ours], []
@@ -137,7 +131,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
                 "length_error": max(abs(len(new) / len(old) - 1)
                                     for new, old in zip(dubbed, clips, strict=True))}
     write_samples(drawn, run, run.folder / "samples")
-    return result | run.record["sampling"] | settings
+    return result
 
 
 def off_pitch(clip: np.ndarray, score: songs.Song, root: int) -> list[float]:
@@ -157,16 +151,13 @@ def evaluate_songs(run: Run, dataset: Dataset, listener: Listener, n: int, seed:
                    settings: dict) -> dict:
     """Metrics of songs that are composed and sung for n prompts of the test data, in the key of the
     sampler: what is sung against the score, and the score's scale and words."""
-    test, total = dataset.test, len(dataset.test["waveforms"])
-    rows = np.linspace(0, total - 1, min(n, total)).astype(int)
-    start = time.perf_counter()
-    drawn = sample(run, len(rows), {"prompts": [test["prompts"][i] for i in rows]}, seed,
-                   batch_size=25, **settings)
-    seconds = time.perf_counter() - start
+    test = dataset.test
+    rows = every(n, len(test["waveforms"]))
+    drawn, result = timed_sample(run, len(rows), {"prompts": [test["prompts"][i] for i in rows]},
+                                 seed, batch_size=25, **settings)
     key = (run.record["sampling"] | settings).get("key", songs.KEY)
     scores = [songs.from_text(text) for text in drawn["thoughts"]]
     clips = cut(drawn)
-    result = {"samples": len(rows), "seconds_per_sound": seconds / len(rows)}
     real, written = ([test[name][i] for i in rows] for name in ("waveforms", "scores"))
     written = [songs.from_text(str(text)) for text in written]
     for suffix, sounds, sung, roots in (
@@ -186,4 +177,4 @@ def evaluate_songs(run: Run, dataset: Dataset, listener: Listener, n: int, seed:
     result |= {"in_key": np.mean(tones).item(), "words_of_the_theme": np.mean(fits).item(),
                "melodies_of_the_training": np.mean([m in known for m in melodies]).item()}
     write_samples(drawn, run, run.folder / "samples")
-    return result | run.record["sampling"] | settings
+    return result

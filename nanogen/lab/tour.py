@@ -14,10 +14,10 @@ import time
 from pathlib import Path
 
 from nanogen import UserError, files
-from nanogen.data.datasets import Dataset, kind_of, load
+from nanogen.data.datasets import KINDS, Dataset, kind_of, load
 from nanogen.lab import machine, report
 from nanogen.lab.evaluate import evaluate, show, table
-from nanogen.lab.folders import RECORD, read_record, run_name
+from nanogen.lab.folders import run_name
 from nanogen.lab.recipes import find_recipe, make_config, minutes_here, recipes
 from nanogen.lab.runs import Run, train_run
 from nanogen.method import METHODS, find
@@ -60,21 +60,23 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     examples of each data set to learn from."""
     start, folder = time.monotonic(), Path(folder)
     print(f"The tour: {len(STORY)} methods on {sizes['scenes']:,} drawn images of 16x16 pixels and "
-          f"other small data; about {tour_minutes():.0f} minutes. {machine.describe()}")
+          f"other small data; about 16 minutes on two CPU cores. {machine.describe()}")
     data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
             for method in STORY}
     sets = {name: load(name, count=sizes[name]) for name in dict.fromkeys(data.values())}
     for judge in ("judge", "listener"):
         for name in recipes(judge).keys() & sets.keys():
-            trained(judge, sets[name], {}, folder, "tour")
+            train_run(judge, sets[name], {}, folder / f"{judge}-{name}", "tour", resume=True)
     if "prompts" in sets:
-        trained("reader", load("things", count=sizes["things"]), {}, folder, "tour")
+        things = load("things", count=sizes["things"])
+        train_run("reader", things, {}, folder / "reader-things", "tour", resume=True)
     rows, runs = [], []
     for method, story in STORY.items():
         print(f"\n{method}: {story}")
         model = find(method).Model
         dataset = sets[data[method]]
-        run = trained(method, dataset, {}, folder, "tour")
+        place = folder / f"{method}-{dataset.name}"
+        run = train_run(method, dataset, {}, place, "tour", resume=True)
         slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
         slow = slow or "prompts" in model.conditions
         metrics = evaluate(run, 40 if slow else 300, dataset)
@@ -88,14 +90,6 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     page = report.write(runs, folder / "index.html", "The nanogen tour", intro, stories=stories)
     print(f"Open {page}")
     return page
-
-
-def tour_minutes() -> float:
-    """About how long the tour takes on this machine: its trainings, the tokenizer's twice, as `var`
-    has its own, and a tenth more for samples and metrics."""
-    return 1.1 * sum((minutes_here(recipe) or 1.0) * (2 if method == "tokenizer" else 1)
-                     for method in METHODS for by_name in recipes(method).values()
-                     for name, recipe in by_name.items() if name.startswith("tour"))
 
 
 def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500) -> list[dict]:
@@ -114,7 +108,8 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500)
     rows, runs = [], []
     for name, (method, fields) in names.items():
         print(f"\n{name}")
-        run = trained(method, dataset, fields, out, budget={"minutes": minutes})
+        run = train_run(method, dataset, fields, out / run_name(method, dataset.name, fields),
+                        resume=True, budget={"minutes": minutes})
         rows.append(row_of(name, run, evaluate(run, n, dataset)))
         runs.append(run.folder)
     print("\n" + table(rows))
@@ -122,21 +117,6 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500)
     files.write_text(out / "table.md", text)
     print(report.write(runs, out / "index.html", title, NOTE, {"Like for like": rows}))
     return rows
-
-
-def trained(method: str, dataset: Dataset, fields: dict, out: Path, recipe: str = "default",
-            budget: dict | None = None) -> Run:
-    """The run of a method in `out`: loaded, gone on with, or trained, and what it requires first.
-    UserError if it is there with another budget."""
-    folder = out / run_name(method, dataset.name, fields)
-    if (folder / RECORD).exists():
-        there = read_record(folder)["training"]
-        for name, wanted in (budget or {}).items():
-            if there[name] != wanted:
-                raise UserError(f"{folder} is a training of {there[name]:g} {name}, not "
-                                f"{wanted:g}: choose another --out.")
-        fields, budget = {}, None
-    return train_run(method, dataset, fields, folder, recipe, resume=True, budget=budget)
 
 
 def row_of(name: str, run: Run, metrics: dict) -> dict:
@@ -181,10 +161,8 @@ TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_ME
 def list_methods() -> str:
     """Methods, data sets, recipes, what each requires, and the metrics that each recipe gave."""
     lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
-    data = ("Data: cifar10, scenes (drawn by code), prompts (texts and drawings), clips (drawn), "
-            "subject (five drawings), fsdd (spoken digits), voices (spoken by code), "
-            "recordings (digits in phrases), songs, "
-            "or a folder with images or sounds, one sub-folder for each class.")
+    data = (f"Data: {', '.join(KINDS)}, or a folder with images or sounds, one sub-folder for each "
+            "class.")
     return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True)])
 
 

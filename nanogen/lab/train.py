@@ -19,7 +19,6 @@ import functools
 import json
 import math
 import signal
-import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -101,7 +100,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
 
     fraction = used()
     with ctrl_c() as interrupted:
-        while fraction < 1:
+        while fraction < 1 or not log:  # at least one step, however slow the machine
             rise = (step + 1) / max(options.warmup, 1)
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -151,9 +150,8 @@ class Progress:
         self.options, self.log, self.start, self.step = options, log, start, step
         self.percent = int(100 * self.fraction(step) + 1e-9) if log else -1  # of this budget
         self.sums, self.since = defaultdict(float), time.monotonic()
-        self.first = None  # step and time from which the speed is measured
         self.bar = tqdm(total=100, disable=quiet, mininterval=2, initial=max(self.percent, 0),
-                        bar_format="{percentage:3.0f}%|{bar:30}|{postfix}")
+                        bar_format="{percentage:3.0f}%|{bar:30}|{postfix}, {remaining} left")
 
     def fraction(self, step: int) -> float:
         """How much of the budget is used after this step."""
@@ -174,22 +172,10 @@ class Progress:
         self.log.append({"step": step, "percent": percent, "lr": lr,
                          "minutes": round((now - self.start) / 60, 3),
                          "examples_per_second": round(speed, 1)} | means | extra)
-        self.bar.n = percent
-        self.bar.set_postfix_str(f"loss {means['loss']:.4g}, {speed:.0f}/s{self.left(step, now)}")
-        self.first = self.first or (step, now)  # the first line has compilation in it
+        self.bar.set_postfix_str(f"loss {means['loss']:.4g}, {speed:.0f}/s", refresh=False)
+        self.bar.update(percent - max(self.percent, 0))
         self.sums, self.since = defaultdict(float), time.monotonic()
         self.step, self.percent = step, percent
-
-    def left(self, step: int, now: float) -> str:
-        """", 3 min 20 s left", once the speed is known."""
-        if self.options.minutes:
-            seconds = 60 * self.options.minutes - (now - self.start)
-        elif self.first and step > self.first[0]:
-            before, then = self.first
-            seconds = (self.options.steps - step) * (now - then) / (step - before)
-        else:
-            return ""
-        return f", {max(seconds, 0) // 60:.0f} min {max(seconds, 0) % 60:.0f} s left"
 
 
 @torch.no_grad()
@@ -338,10 +324,8 @@ def ctrl_c():
             raise KeyboardInterrupt
         asked.append(True)
 
-    main = threading.current_thread() is threading.main_thread()  # signals need it
-    previous = signal.signal(signal.SIGINT, ask) if main else None
+    previous = signal.signal(signal.SIGINT, ask)
     try:
         yield asked
     finally:
-        if main:
-            signal.signal(signal.SIGINT, previous)
+        signal.signal(signal.SIGINT, previous)
