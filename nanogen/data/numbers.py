@@ -26,8 +26,7 @@ LONGEST = 14  # words of a caption
 
 def to_tokens(caption: str) -> list[int]:
     """The words of a caption as tokens. UserError for words that are not known."""
-    text, _, language = caption.partition(",")
-    return prompts.tokenize(text) + [TOKENS[word] for word in language.split() if word in NAMES]
+    return prompts.tokenize(caption, TOKENS)
 
 
 def to_caption(tokens: list[int]) -> str:
@@ -53,9 +52,9 @@ def draw(rng: np.random.Generator, held_out: bool) -> tuple[int, Scene]:
         number = int(rng.integers(2, 5) if counted else rng.integers(10))
         scene = scenes.random_scene(rng, number if counted else 1, False,
                                     "" if counted else str(number))
-        if not counted and scene.sign_y != 26:
+        if scene.sign_y != 26:
             continue  # until the sign is below the things
-        scene = scene if counted else replace(scene, sign_x=0)  # at the lower left
+        scene = replace(scene, sign_x=0)  # at the lower left
         look = number, scene.things[0].kind, scene.background
         if prompts.is_held_out(*look) == held_out:
             return number, scene
@@ -67,23 +66,24 @@ def make(count: int, seed: int = 0, held_out: bool = False) -> dict[str, np.ndar
     -> images uint8 (N, 32, 32, 3); prompts (N,) captions; tokens int64 (N, LONGEST), 0 after the
     last; clips int16 (N, 0.8 s), zeros after the end; number, language int64 (N,); labels, the
     number again; and the truth about the images: `prompts.describe`."""
-    drawn, clips, languages = [], np.zeros((count, round(SECONDS * RATE)), np.int16), []
+    tokens = np.zeros((count, LONGEST), np.int64)
+    clips = np.zeros((count, round(SECONDS * RATE)), np.int16)
+    shown, captions, numbers, languages = [], [], [], []
     for i in range(count):
         rng = np.random.default_rng([seed, i])
-        drawn.append(draw(rng, held_out))
+        number, scene = draw(rng, held_out)
         language = int(rng.integers(len(NAMES)))
-        sound = say(str(drawn[-1][0]), NAMES[language], Speaker.random(rng),
-                    int(rng.integers(2**31)))[: clips.shape[1]]
+        sound = say(str(number), NAMES[language], Speaker.random(rng), int(rng.integers(2**31)))
+        sound = sound[: clips.shape[1]]
         clips[i, : len(sound)] = np.round(32767 * sound)
-        languages.append(language)
-    numbers, shown = zip(*drawn, strict=True)
-    captions = [f"{scene.caption}, {NAMES[language]}"
-                for scene, language in zip(shown, languages, strict=True)]
-    tokens = np.zeros((count, LONGEST), np.int64)
-    for row, caption in zip(tokens, captions, strict=True):
+        caption = f"{scene.caption}, {NAMES[language]}"
         words = to_tokens(caption)
-        row[: len(words)] = words
-    images, _ = scenes.render_scenes(list(shown), np.random.default_rng([seed, count]))
+        tokens[i, : len(words)] = words
+        shown.append(scene)
+        captions.append(caption)
+        numbers.append(number)
+        languages.append(language)
+    images, _ = scenes.render_scenes(shown, np.random.default_rng([seed, count]))
     return {"images": images, "prompts": captions, "tokens": tokens, "clips": clips,
             "number": np.array(numbers), "language": np.array(languages),
-            **prompts.describe(list(shown)), "labels": np.array(numbers)}
+            **prompts.describe(shown), "labels": np.array(numbers)}
