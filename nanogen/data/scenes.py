@@ -44,8 +44,7 @@ class Scene:
     background: str
     things: tuple[Thing, ...] = ()
     relation: str = ""  # things[0] is `relation` things[1]; one of RELATIONS
-    sign: str = ""  # its text; no text, no sign
-    says: str = ""  # what the caption quotes if not the whole text: sign "3+4=7", says "3+4="
+    sign: str = ""  # its text; no text, no sign. The caption quotes no result: of "3+4=7", "3+4="
     sign_x: int = 16  # the sign's centre, pixels
     sign_y: int = 26
 
@@ -63,7 +62,8 @@ class Scene:
         if self.relation:
             text += f" {self.relation} {_name(*names[1])}"
         text += f" {WHERE[self.background]}"
-        return text + (f" with a sign that says {self.says or self.sign}" if self.sign else "")
+        quoted = self.sign[: self.sign.find("=") + 1] or self.sign
+        return text + (f" with a sign that says {quoted}" if self.sign else "")
 
 
 def captions(labels: np.ndarray, color: np.ndarray, background: np.ndarray) -> list[str]:
