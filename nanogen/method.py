@@ -151,11 +151,10 @@ def check_numbers(config, **rules: tuple[bool, str]) -> None:
 
 def check_settings(settings: dict, kinds: dict[str, type]) -> None:
     """`check_numbers` for settings of a sampler, {"steps": 8}, of these types, {"steps": int}."""
-    top_k, top_p = settings.get("top_k", 0) >= 0, 0 < settings.get("top_p", 1) <= 1
-    rules = {"top_k": (top_k, "at least 0"), "top_p": (top_p, "above 0 and at most 1")}
     fields = [(name, kinds.get(name)) for name in settings]
     check_numbers(dataclasses.make_dataclass("Settings", fields)(**settings),
-                  **{name: rule for name, rule in rules.items() if name in settings})
+                  top_k=(settings.get("top_k", 0) >= 0, "at least 0"),
+                  top_p=(0 < settings.get("top_p", 1) <= 1, "above 0 and at most 1"))
 
 
 def choose(config, **choices: tuple[str, ...]) -> None:
