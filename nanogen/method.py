@@ -4,7 +4,7 @@
     Model          Model(config, base), a subclass of Method: it learns (loss) and draws (sample)
     <method>.json  the recipes beside the file: settings for each data set, with measured results
 
-A new method is one file and one line in METHODS. The lab trains, samples, judges and reports it by
+A new method is one file and one word in PATHS. The lab trains, samples, judges and reports it by
 the declarations below. From the data set it fills these fields of a Config, where there are any:
 `size` (of the images), `classes`, `speakers`; for the judge also `sound` (are they sounds?),
 `second` and `second_classes` (another label). `seconds` cuts longer sounds.
@@ -28,28 +28,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+PATHS = """image.pixel_ar image.tokenizer image.token_ar image.maskgit image.var image.mar
+    image.flow image.meanflow image.text_image image.video image.personalize audio.wave_ar
+    audio.codec audio.audio_lm judge reader listener audio.speech audio.song omni"""
 METHODS = {  # name -> module; modules are imported when they are used
-    "pixel_ar": "nanogen.image.pixel_ar",
-    "tokenizer": "nanogen.image.tokenizer",
-    "token_ar": "nanogen.image.token_ar",
-    "maskgit": "nanogen.image.maskgit",
-    "var": "nanogen.image.var",
-    "mar": "nanogen.image.mar",
-    "flow": "nanogen.image.flow",
-    "meanflow": "nanogen.image.meanflow",
-    "text_image": "nanogen.image.text_image",
-    "video": "nanogen.image.video",
-    "personalize": "nanogen.image.personalize",
-    "wave_ar": "nanogen.audio.wave_ar",
-    "codec": "nanogen.audio.codec",
-    "audio_lm": "nanogen.audio.audio_lm",
-    "judge": "nanogen.judge",
-    "reader": "nanogen.reader",
-    "listener": "nanogen.listener",
-    "speech": "nanogen.audio.speech",
-    "song": "nanogen.audio.song",
-    "omni": "nanogen.omni",
-}
+    path.rpartition(".")[2]: f"nanogen.{path}" for path in PATHS.split()}
 
 
 def find(name: str) -> ModuleType:
@@ -168,11 +151,10 @@ def check_numbers(config, **rules: tuple[bool, str]) -> None:
 
 def check_settings(settings: dict, kinds: dict[str, type]) -> None:
     """`check_numbers` for settings of a sampler, {"steps": 8}, of these types, {"steps": int}."""
-    top_k, top_p = settings.get("top_k", 0) >= 0, 0 < settings.get("top_p", 1) <= 1
-    rules = {"top_k": (top_k, "at least 0"), "top_p": (top_p, "above 0 and at most 1")}
     fields = [(name, kinds.get(name)) for name in settings]
     check_numbers(dataclasses.make_dataclass("Settings", fields)(**settings),
-                  **{name: rule for name, rule in rules.items() if name in settings})
+                  top_k=(settings.get("top_k", 0) >= 0, "at least 0"),
+                  top_p=(0 < settings.get("top_p", 1) <= 1, "above 0 and at most 1"))
 
 
 def choose(config, **choices: tuple[str, ...]) -> None:

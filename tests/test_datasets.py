@@ -560,7 +560,8 @@ def test_of_val_and_test_folders_test_is_the_test_and_val_is_said_to_be_ignored(
     data = load(tree(tmp_path, "train/a/1.png", "train/b/2.png", "val/a/3.png", "val/b/4.png",
                      "test/b/5.png", "x.png"))
     assert data.test["images"][:, 0, 0, 0].tolist() == [4] and len(data) == 2
-    assert "Ignored: 2 .png in val/, 1 .png beside the folders." in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "Ignored: 1 .png in val/a/, 1 .png in val/b/, 1 .png beside the folders." in said
 
 
 def test_a_class_that_is_called_train_stays_a_class(tmp_path):
@@ -624,10 +625,9 @@ def test_a_photo_of_108_megapixels_is_read_without_a_warning(tmp_path):
 
 def test_a_decompression_bomb_is_a_sentence(tmp_path, monkeypatch):
     save(tmp_path / "bomb.png", np.zeros((300, 300), np.uint8))
-    for limit in (60_000, 30_000):  # Pillow warns above its limit and raises above twice the limit
-        monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", limit)
-        with pytest.raises(UserError, match="bomb.png .*90000 pixels"):
-            load(tmp_path)
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 30_000)  # Pillow refuses above twice as many
+    with pytest.raises(UserError, match="bomb.png .*90000 pixels"):
+        load(tmp_path)
 
 
 def test_a_folder_of_sounds_is_mixed_to_mono_at_8_khz(tmp_path, capsys):

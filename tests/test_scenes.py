@@ -13,8 +13,6 @@ from nanogen.data import drawing, scenes
 from nanogen.data.prompts import random_text
 from nanogen.data.scenes import BACKGROUNDS, COLORS, FACINGS, RELATIONS, THINGS, Scene, Thing
 
-RNG = np.random.default_rng(0)
-
 
 @pytest.fixture(scope="module")
 def images():
@@ -172,11 +170,11 @@ def test_clips_move_by_their_velocity_over_a_still_background(clips):
 def test_clips_stay_in_the_image_and_say_where_they_go(clips):
     reach = clips["size"][:, None, None] / 2
     assert (clips["place"] - reach >= 0).all() and (clips["place"] + reach <= 32).all()
-    columns = (clips[key] for key in ("velocity", "facing", "captions"))
-    for velocity, facing, caption in zip(*columns, strict=True):
+    columns = (clips[key] for key in ("velocity", "facing", "prompts"))
+    for velocity, facing, prompt in zip(*columns, strict=True):
         axis = np.abs(velocity).argmax()
         ways = (("left", "right"), ("up", "down"))[axis]
-        assert caption.endswith("moving " + ways[int(velocity[axis] > 0)])
+        assert prompt.endswith("moving " + ways[int(velocity[axis] > 0)])
         assert FACINGS[facing] == ("right" if velocity[0] > 0 else "left")
     slow = scenes.make_clips(8, frames=20)  # a long clip slows down rather than leave
     assert (slow["place"] >= 0).all() and (slow["place"] <= 32).all()
@@ -195,7 +193,7 @@ def test_captions_read_as_english():
     assert pair.caption == "a white cat left of a pink car in the city"
     house = Scene("grass", (thing("house", "white"),), sign="CAT")
     assert house.caption == "a white house on grass with a sign that says CAT"
-    assert replace(house, sign="3+4=7", says="3+4=").caption.endswith("that says 3+4=")
+    assert replace(house, sign="3+4=7").caption.endswith("that says 3+4=")
 
 
 def test_captions_name_the_truth(crowded):
@@ -248,17 +246,10 @@ def test_an_image_made_alone_equals_the_same_image_in_a_batch():
         (lambda: Thing("horse", "red"), "unknown thing 'horse'"),
         (lambda: Thing("dog", "mauve"), "unknown colour 'mauve'"),
         (lambda: Thing("dog", "red", facing="up"), "unknown facing 'up'"),
-        (lambda: Thing("dog", "red", size=200), "size"),
         (lambda: Scene("moon"), "unknown background 'moon'"),
         (lambda: Scene("sky", sign="hello"), "A-Z"),
         (lambda: Scene("sky", sign="TOOLONGWORD"), "up to 7"),
-        (lambda: Scene("sky", (Thing("dog", "red"),), relation="above"), "2 with a relation"),
-        (lambda: Scene("sky", (Thing("dog", "red"), Thing("cat", "red"))), "need a relation"),
-        (lambda: Scene("sky", (Thing("dog", "red"),) * 5), "up to 4"),
-        (lambda: scenes.make(0), "at least 1"),
-        (lambda: scenes.make_clips(2, frames=1), "at least 2 frames"),
-        (lambda: scenes.random_scene(RNG, count=5), "1 to 4"),
-        (lambda: scenes.random_scene(RNG, count=3, sign="ABC"), "at most 2"),
+        (lambda: Scene("sky", relation="beside"), "unknown relation 'beside'"),
     ],
 )
 def test_a_mistake_is_named(mistake, words):

@@ -7,11 +7,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from nanogen import UserError
 from nanogen.data import datasets
 from nanogen.data.made import recorded
 from nanogen.data.phonemes import DIGITS, LANGUAGES, PHONEMES, SYLLABLES
-from nanogen.data.voices import RATE, Speaker, make, midi_to_hertz, pluck, say, sing
+from nanogen.data.voices import (
+    RATE,
+    Speaker,
+    make,
+    midi_to_hertz,
+    phones_of,
+    pluck,
+    say,
+    sing,
+)
 
 
 def pitch_of(waveform):
@@ -93,7 +101,8 @@ def test_vowels_have_their_formants():
 
 
 def test_a_closure_is_silent_and_an_s_is_high():
-    waveform, phonemes = sing(["s ɪ k s"], [45], [1.0], alignment=True)
+    song = ["s ɪ k s"], [45], [1.0]
+    waveform, (*_, phonemes) = sing(*song), phones_of(*song)
     (_, s_start, s_end), _, (_, k_start, _), _ = phonemes
     hiss = waveform[round(RATE * (s_start + 0.03)) : round(RATE * (s_end - 0.03))]
     spectrum = np.abs(np.fft.rfft(hiss)) ** 2
@@ -121,15 +130,15 @@ def test_a_sung_note_is_in_tune(note, syllable):
     assert cents(pitch_of(steady), midi_to_hertz(note)) < 20
 
 
-def test_a_song_keeps_time_and_rests():
-    waveform, phonemes = sing(["moon", "-", "la"], [57, None, 60], [0.5, 0.4, 0.6], alignment=True)
+def test_a_song_keeps_time():
+    song = ["moon", "la"], [57, 60], [0.5, 0.6]
+    waveform, (*_, phonemes) = sing(*song), phones_of(*song)
     symbols, starts, ends = zip(*phonemes, strict=True)
-    assert len(waveform) == 1.5 * RATE and symbols == ("m", "u", "n", "l", "a")
-    assert np.allclose([starts[0], ends[2], starts[3], ends[4]], [0, 0.5, 0.9, 1.5])
-    assert starts[1:3] == ends[:2] and all(np.subtract(ends, starts) > 0)
+    assert len(waveform) == 1.1 * RATE and symbols == ("m", "u", "n", "l", "a")
+    assert np.allclose([starts[0], ends[2], ends[4]], [0, 0.5, 1.1])
+    assert starts[1:] == ends[:-1] and all(np.subtract(ends, starts) > 0)
     vowel = phonemes[1]
     assert vowel[2] - vowel[1] > 0.25, "the vowel carries the note"
-    assert np.abs(waveform[round(0.6 * RATE) : round(0.85 * RATE)]).max() < 0.02
 
 
 @pytest.mark.parametrize("note", [36, 45, 57, 64, 72, 79])
@@ -139,12 +148,6 @@ def test_a_plucked_string_is_in_tune_and_dies_away(note):
     assert 0.5 < np.abs(waveform).max() <= 1
     assert cents(pitch_of(waveform[800:4800]), midi_to_hertz(note)) < 20
     assert np.square(waveform[4000:7600]).mean() < 0.5 * np.square(waveform[:3600]).mean()
-
-
-def test_a_chord_is_the_sum_of_strings_and_a_rest_is_silent():
-    waveform = pluck([(48, 55), None], [0.5, 0.25])
-    assert len(waveform) == 0.75 * RATE
-    assert waveform[: RATE // 2].any() and not waveform[RATE // 2 :].any()
 
 
 # ---- the data set
@@ -220,31 +223,3 @@ def test_voices_are_a_data_set_like_the_others(tmp_path, monkeypatch):
     first, again = datasets.load("voices", tmp_path), datasets.load("voices", tmp_path)
     assert asked == [8000, 800], "the second time from the cache"
     assert first.fingerprint == again.fingerprint and len(again) == 20
-
-
-# ---- mistakes
-
-
-@pytest.mark.parametrize(
-    "call, message",
-    [
-        (lambda: say("4a"), "digits are one or more of 0 to 9"),
-        (lambda: say(""), "digits are one or more"),
-        (lambda: say([11]), "digits are one or more"),
-        (lambda: say(-3), "digits are one or more"),
-        (lambda: say("4", "french"), "unknown language 'french': choose one of english"),
-        (lambda: say("44", seconds=0.1), "2 digits need at least 0.2 seconds"),
-        (lambda: say("44", seconds=float("nan")), "at least 0.2 seconds"),
-        (lambda: Speaker(tract=40), "a speaker's tract is 10 to 20, got 40"),
-        (lambda: sing(["la"], [60, 62], [1.0]), "must be as many"),
-        (lambda: sing(["q"], [60], [1.0]), "unknown syllable or phoneme 'q'"),
-        (lambda: sing(["la"], [60], [0.01]), "at least 0.1 seconds"),
-        (lambda: pluck([60], []), "must be as many"),
-        (lambda: pluck([120], [1.0]), "a string sounds from 30"),
-        (lambda: make(0), "must be at least 1"),
-    ],
-)
-def test_a_mistake_gets_one_clear_sentence(call, message):
-    with pytest.raises(UserError, match=message) as error:
-        call()
-    assert "\n" not in str(error.value)

@@ -1,24 +1,11 @@
 """The data sets: load("cifar10"), load("fsdd"), load("scenes"), load("voices"), load("a/folder").
 
 All of them are small: a few arrays in memory, from which a training draws batches by indexing.
-
-    cifar10    60,000 photographs of 10 classes, 32x32; downloaded once (Krizhevsky 2009)
-    fsdd       3,000 spoken digits by 6 speakers, 8 kHz; downloaded once (Free Spoken Digit Dataset)
-    scenes     55,000 drawings with captions and the truth about them; made by scenes.py from a seed
-    voices     8,800 spoken digits in 3 languages by 240 voices; made by voices.py from a seed
-    utterances 6,600 recordings of digits, two languages in one voice; made by utterances.py
-    songs      2,200 sung lines with strings; made by songs.py from a seed
-    all        sounds of fsdd, utterances and songs, for a codec that serves all of them
-    recordings utterances, and rows of the digits of fsdd, without one of its speakers
-    prompts    44,000 texts and the drawings that they ask for, edits too; made by prompts.py
-    clips      6,600 clips of 8 frames with a moving thing, and captions; made by scenes.py
-    things     22,000 drawings of several things, to train the reader on; made by prompts.py
-    subject    five drawings of something that no other data set has; made by prompts.py
-    a folder   images or sounds of one's own, one sub-folder for each class
+KINDS lists those that have a name: they are downloaded once, or made once from a seed, and kept as
+<name>.npz in `data_folders()`; data/README.md has hosts and licences. A folder of one's own has one
+sub-folder for each class, or train/ and test/ (or val/) with these sub-folders.
 
 "fsdd-without-jackson" has the speaker jackson in its test part alone: an unseen speaker.
-A folder may also be divided: train/ and test/ (or val/), each with one sub-folder for each class.
-Named data sets are kept as <name>.npz in `data_folders()`. data/README.md has hosts and licences.
 """
 
 import os
@@ -34,12 +21,21 @@ from nanogen.data.made import MADE, made_once
 from nanogen.data.sources import SAMPLE_RATE, SOURCES, TESTS, download, read_folder, visible_files
 from nanogen.files import explained, fingerprint, make_folder, read_npz, writable, write_npz
 
-MAIN = {"images": "images", "sounds": "waveforms", "videos": "videos"}  # kind -> the main column
-KINDS = {"cifar10": "images", "scenes": "images", "prompts": "images", "things": "images",
-         "numbers": "images", "subject": "images", "clips": "videos", "fsdd": "sounds",
-         "voices": "sounds", "utterances": "sounds", "songs": "sounds", "all": "sounds",
-         "recordings": "sounds"}
-JOINED = ("all", "recordings")  # made of other data sets
+KINDS = {
+    "cifar10": "images",  # 60,000 photographs of 10 classes, 32x32 (Krizhevsky 2009)
+    "fsdd": "sounds",  # 3,000 spoken digits by 6 speakers, 8 kHz (Free Spoken Digit Dataset)
+    "scenes": "images",  # 55,000 drawings with captions and the truth about them: scenes.py
+    "prompts": "images",  # 44,000 texts and the drawings that they ask for, edits too: prompts.py
+    "things": "images",  # 22,000 drawings of several things, to train the reader on: prompts.py
+    "subject": "images",  # five drawings of something that no other data set has: prompts.py
+    "clips": "videos",  # 6,600 clips of 8 frames with a moving thing, and captions: scenes.py
+    "numbers": "images",  # 22,000 numbers, each as a caption, a drawing and a sound: numbers.py
+    "voices": "sounds",  # 8,800 spoken digits in 3 languages by 240 voices: voices.py
+    "utterances": "sounds",  # 6,600 rows of digits, two languages in one voice: utterances.py
+    "songs": "sounds",  # 2,200 sung lines with strings: songs.py
+    "all": "sounds",  # of fsdd, utterances and songs, for a codec that serves all of them
+    "recordings": "sounds",  # utterances, and rows of fsdd's digits without one of its speakers
+}
 LEFT_OUT = "jackson"  # the speaker of fsdd that recordings do not have
 ALL = {"fsdd": None, "utterances": 1_000, "songs": 500}  # how many training clips of each
 CLIP_ARRAYS = ("waveform", "digits", "speakers", "offsets", "is_test", "speaker_names",
@@ -76,7 +72,7 @@ class Dataset:
     @property
     def main(self) -> str:
         """The name of the main column: "images", "waveforms" or "videos"."""
-        return MAIN[self.kind]
+        return "waveforms" if self.kind == "sounds" else self.kind
 
     @cached_property
     def fingerprint(self) -> str:
@@ -128,14 +124,6 @@ def name_of(data: str | Path) -> str:
     return f"{path.parent.name}-{path.name}" if common else path.name
 
 
-def stamp(origin: str) -> str | None:
-    """Changes with the names, sizes and times of a folder's files, which are not read."""
-    if kind_of(origin) or not (own := Path(origin)).is_dir():
-        return None
-    files = [(file, (own / file).lstat()) for file in sorted(visible_files(own, []))]
-    return fingerprint(*[(str(file), info.st_size, info.st_mtime_ns) for file, info in files])
-
-
 def load(name_or_path: str | Path, folder: Path | None = None, count: int | None = None) -> Dataset:
     """A data set by its name, or a folder of one's own by its path.
     folder: where <name>.npz is kept, if not where `data_folders` says. count: load only so many
@@ -147,25 +135,27 @@ def load(name_or_path: str | Path, folder: Path | None = None, count: int | None
     folders = [Path(folder)] if folder else data_folders()
     if name in MADE:
         return load_made(name, folders, count)
-    if name in JOINED:
-        return (load_all if name == "all" else load_recordings)(folder, count)
+    if name == "all":
+        return load_all(folder, count)
+    if name == "recordings":
+        return load_recordings(folder, count)
     if whole(name) in SOURCES:
         data = load_downloaded(whole(name), folders)
         data = data if name == whole(name) else without(data, name.partition(WITHOUT)[2])
     elif name and Path(name).expanduser().is_dir():
         own = Path(resolved(name))
         data = Dataset(name_of(own), str(own), *read_folder(own))
-        for part in (data.train, data.test) if data.kind == "images" else ():
-            part["prompts"] = [Path(file).stem.replace("_", " ") for file in part["files"]]
     else:
-        choices = f"say {', '.join([*SOURCES, *MADE, *JOINED])} or an existing folder"
-        raise UserError(f"There is no data set or folder {name!r}: {choices}.")
+        raise UserError(f"There is no data set or folder {name!r}: say {', '.join(KINDS)} or an "
+                        "existing folder.")
     return data if count is None else thin(data, count)
 
 
 def remembered(origin: str, count: int | None = None) -> Dataset:
     """`load`, remembering the last two while the files of a folder stay what they are."""
-    return _load(origin, count, tuple(data_folders()), stamp(origin))
+    files = sorted(visible_files(Path(origin))) if kind_of(origin) is None else ()
+    times = [(file, (Path(origin) / file).lstat().st_mtime_ns) for file in files]
+    return _load(origin, count, *data_folders(), *times)
 
 
 @lru_cache(maxsize=2)
@@ -175,10 +165,10 @@ def _load(origin: str, count: int | None, *state) -> Dataset:
 
 def without(data: Dataset, speaker: str) -> Dataset:
     """The training clips of all other speakers, and the test clips of this one."""
-    names = data.names.get("speakers", [])
+    names = data.names["speakers"]
     if speaker not in names:
-        known = f"its speakers are {', '.join(names) or 'none'}"
-        raise UserError(f"{data.name} has no speaker {speaker!r} to leave out: {known}.")
+        raise UserError(f"{data.name} has no speaker {speaker!r} to leave out: its speakers are "
+                        f"{', '.join(names)}.")
     number, name = names.index(speaker), data.name + WITHOUT + speaker
     train = choose(data.train, np.flatnonzero(data.train["speakers"] != number))
     test = choose(data.test, np.flatnonzero(data.test["speakers"] == number))
@@ -266,34 +256,27 @@ def load_recordings(folder: Path | None, count: int | None) -> Dataset:
 
 
 def as_images(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
-    """Arrays "train_images" (or "train_videos"), "test_labels"... as a data set. ValueError if they
-    do not fit."""
-    parts = {}
-    for part in ("train", "test"):
-        columns = {key.removeprefix(f"{part}_"): arrays[key] for key in arrays
-                   if key.startswith(f"{part}_")}
-        columns["labels"] = columns["labels"].astype(np.int64)
-        images, count = columns[KINDS[name]], len(columns["labels"])
-        if images.dtype != np.uint8 or (len(images), *images.shape[-3:]) != (count, 32, 32, 3):
-            raise ValueError(f"{images.dtype} {images.shape} beside {count} labels")
-        parts[part] = columns
+    """Arrays "train_images" (or "train_videos"), "test_labels"... as a data set."""
+    parts = {"train": {}, "test": {}}
     names = {"labels": arrays["class_names"].tolist()}
+    for key, values in arrays.items():
+        part, _, column = key.partition("_")
+        if part in parts:
+            parts[part][column] = values.astype(np.int64) if column == "labels" else values
     return Dataset(name, name, KINDS[name], **parts, names=names)
 
 
 def as_sounds(name: str, arrays: dict[str, np.ndarray]) -> Dataset:
-    """All clips end to end, and where each begins, as a data set. ValueError if they do not fit."""
-    offsets, is_test, count = arrays["offsets"], arrays["is_test"], len(arrays["digits"])
-    if offsets[-1] != len(arrays["waveform"]) or not count == len(is_test) == len(offsets) - 1:
-        raise ValueError("its arrays differ in length")
-    columns = {"waveforms": np.split(arrays["waveform"].astype(np.float32) / 32768, offsets[1:-1]),
-               "labels": arrays["digits"].astype(np.int64),
+    """All clips end to end, and where each begins, as a data set."""
+    clips = np.split(arrays["waveform"].astype(np.float32) / 32768, arrays["offsets"][1:-1])
+    columns = {"waveforms": clips, "labels": arrays["digits"].astype(np.int64),
                "speakers": arrays["speakers"].astype(np.int64),
                **{key: values for key, values in arrays.items() if key not in CLIP_ARRAYS}}
+    is_test = arrays["is_test"]
     train, test = (choose(columns, np.flatnonzero(rows)) for rows in (~is_test, is_test))
     classes = list(songs.MOODS) if name == "songs" else list("0123456789")
     names = {"labels": classes, "speakers": arrays["speaker_names"].tolist()}
-    return Dataset(name, name, "sounds", train, test, names, None, int(arrays["sample_rate"]))
+    return Dataset(name, name, "sounds", train, test, names)
 
 
 # ---- made by code

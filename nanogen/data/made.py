@@ -19,15 +19,16 @@ from nanogen.files import fingerprint, writable, write_npz
 def made_once(name: str, folders: list[Path]) -> dict[str, np.ndarray]:
     """All of one of MADE, read from the first folder that has <name>.npz; else made and kept.
     The file carries a fingerprint of the code without comments: if it differs, all is made anew."""
-    make, total, modules, announce = MADE[name]
+    make, total, modules = MADE[name]
     sources = [Path(module.__file__).read_text(encoding="utf-8") for module in modules]
     code = fingerprint(*[ast.unparse(ast.parse(source)) for source in sources])
     for folder in folders:  # what is absent or damaged is made again, in a minute
         with suppress(Exception), np.load(folder / f"{name}.npz", allow_pickle=False) as file:
             if str(file["fingerprint"]) == code:
                 return {key: file[key] for key in file.files if key != "fingerprint"}
-    print(announce, file=sys.stderr)
-    arrays = make(total, max(2, total // 10))
+    count = max(2, total // 10)
+    print(f"Making {name}: {total + count:,} examples; a minute or a few, once.", file=sys.stderr)
+    arrays = make(total, count)
     for folder in filter(writable, folders):
         with suppress(UserError):  # on a full disk the data serves without being kept
             stamped = arrays | {"fingerprint": np.array(code)}
@@ -72,23 +73,16 @@ def recorded(make, speakers: int):
 
 
 DRAWING = (scenes, drawing, prompts)
-MADE = {  # name -> how it is made, how many to learn from, by which modules, what to announce
+SPEAKING = (voices, phonemes)
+MADE = {  # name -> how it is made, how many to learn from, by which modules
     "scenes": (drawn(lambda count, seed, test: scenes.make(count, seed), scenes.THINGS), 50_000,
-               DRAWING[:2], "Drawing 55,000 scenes: a minute, once."),
-    "prompts": (drawn(prompts.make, scenes.THINGS), 40_000, DRAWING,
-                "Drawing 44,000 scenes from texts: two minutes, once."),
-    "clips": (drawn(prompts.make_clips, scenes.THINGS), 6_000, DRAWING,
-              "Drawing 6,600 clips: half a minute, once."),
-    "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING,
-               "Drawing 22,000 scenes: a minute, once."),
-    "numbers": (drawn(numbers.make, list("0123456789")), 20_000,
-                (*DRAWING, numbers, voices, phonemes), "Drawing and speaking 22,000 numbers: "
-                "five minutes, once."),
-    "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING, "Drawing a subject."),
-    "voices": (recorded(voices.make, 200), 8_000, (voices, phonemes),
-               "Speaking 8,800 digits: a minute, once."),
-    "utterances": (recorded(utterances.make, 400), 6_000, (utterances, voices, phonemes),
-                   "Speaking 6,600 rows of digits: a minute and a half, once."),
-    "songs": (recorded(songs.make, 100), 2_000, (songs, voices, phonemes),
-              "Singing 2,200 songs: two minutes, once."),
+               DRAWING[:2]),
+    "prompts": (drawn(prompts.make, scenes.THINGS), 40_000, DRAWING),
+    "clips": (drawn(prompts.make_clips, scenes.THINGS), 6_000, DRAWING),
+    "things": (drawn(prompts.make_things, drawing.KINDS), 20_000, DRAWING),
+    "subject": (drawn(prompts.make_subject, drawing.KINDS), 5, DRAWING),
+    "numbers": (drawn(numbers.make, tuple("0123456789")), 20_000, (*DRAWING, numbers, *SPEAKING)),
+    "voices": (recorded(voices.make, 200), 8_000, SPEAKING),
+    "utterances": (recorded(utterances.make, 400), 6_000, (utterances, *SPEAKING)),
+    "songs": (recorded(songs.make, 100), 2_000, (songs, utterances, *SPEAKING)),
 }

@@ -113,7 +113,6 @@ PHONEMES: dict[str, tuple[Phone, ...]] = {
     "tʃ": _plosive(55, (300, 1800, 2700), 0.4, (3000, 800))
         + _fricative(75, (300, 1840, 2750), 0.45, (2700, 600)),
 }  # fmt: skip
-SILENCE = (Phone(0.05, (500, 1500, 2500), coupling=1.0),)
 
 DIGITS = {
     "english": "z ɪ r oʊ,w ʌ n,tʰ u,θ r i,f ɔ r,f aɪ v,s ɪ k s,s ɛ v ə n,eɪ t,n aɪ n",

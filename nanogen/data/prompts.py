@@ -50,16 +50,17 @@ LONGEST_THOUGHT = 35  # tokens: 9+9=9a10b11c12d13e14f15g16h17i18=18
 
 # ---- text -> tokens
 
-def tokenize(text: str) -> list[int]:
+def tokenize(text: str, tokens: dict[str, int] = TOKENS) -> list[int]:
     """A known word is one token; capitals, digits and + - = are one each. A capital that begins a
     word is made small. UserError for words that are not known."""
     text = re.sub(r"^A\b|\b[A-Z](?=[a-z])", lambda capital: capital[0].lower(), text)
     parts = re.findall(r"[a-z]+|[A-Z]|[0-9+=-]|[^\s,.]", text)
-    if unknown := [part for part in dict.fromkeys(parts) if part not in TOKENS]:
+    if unknown := [part for part in dict.fromkeys(parts) if part not in tokens]:
+        known = ", ".join(list(tokens)[len(CHARACTERS):])
         raise UserError(f"The prompt {text!r} has words that the model never saw: "
-                        f"{', '.join(unknown)}. It knows {', '.join(WORDS[len(CHARACTERS):])}, and "
-                        "capitals and digits on signs.")
-    return [TOKENS[part] for part in parts]
+                        f"{', '.join(unknown)}. It knows {known}, and capitals and digits on "
+                        "signs.")
+    return [tokens[part] for part in parts]
 
 
 def detokenize(tokens: list[int]) -> str:
@@ -98,7 +99,7 @@ def held_out_parts(scene: Scene) -> dict[str, bool]:
     pair = sorted({thing.kind for thing in scene.things})
     return {"look": any(is_held_out(*look) for look in looks),
             "pair": len(pair) == 2 and is_held_out(*pair),
-            "text": bool(scene.sign) and not scene.says and is_held_out(scene.sign)}
+            "text": scene.sign != "" and "=" not in scene.sign and is_held_out(scene.sign)}
 
 
 TESTED = {"relation": "pair", "move": "pair", "sign": "text", "write": "text"}  # else: "look"
@@ -125,7 +126,7 @@ def random_sum(rng: np.random.Generator, held_out: bool, largest: int = 18) -> t
 def example(task: str, rng: np.random.Generator, held_out: bool) -> tuple:
     """-> the prompt, the thought, the scene before (or None) and the scene to draw."""
     while True:
-        count, thought, text, says, asked = 1, "", "", "", ""
+        count, thought, text, asked = 1, "", "", ""
         if task == "count":
             count = int(rng.integers(1, 5))
         elif task in ("sign", "sum", "away", "write"):
@@ -136,15 +137,14 @@ def example(task: str, rng: np.random.Generator, held_out: bool) -> tuple:
             thought = thought_about(*numbers, words=task == "many")
             result = thought.rpartition("=")[2]
             if task == "sum":
-                text, says = f"{asked}={result}", f"{asked}="
+                text = f"{asked}={result}"
             else:
                 count = NUMBERS.index(result) + 1
         pair = task in ("relation", "move") or (task == "color" and rng.random() < 0.5)
         scene = random_scene(rng, count, pair, text)
-        if text and scene.sign_y != 26:
+        if scene.sign_y != 26:
             continue  # until the sign is below the things
-        if text:
-            scene = replace(scene, says=says, sign_x=0)  # at the lower left
+        scene = replace(scene, sign_x=0)  # at the lower left
         prompt, before, after = spoken(task, rng, scene, asked)
         parts = held_out_parts(after)
         if held_out and (task in ("sum", "many") or parts[TESTED.get(task, "look")]):
@@ -218,7 +218,7 @@ def make_things(count: int, seed: int = 0, held_out: bool = False) -> dict[str, 
             sign = random_text(rng) if rng.random() < 0.3 else ""
             number = int(rng.integers(1, 3 if sign else 5))
             scene = random_scene(rng, number, bool(rng.random() < 0.4), sign, KINDS)
-            if not sign or scene.sign_y == 26:  # signs are at the lower left
+            if scene.sign_y == 26:  # signs are at the lower left
                 drawn.append(replace(scene, sign_x=0))
         images, _ = render_scenes(drawn, rng)
         return {"images": images, **describe(drawn)}
@@ -233,7 +233,6 @@ def make_clips(count: int, seed: int = 0, held_out: bool = False, frames: int = 
              for b, where in enumerate(BACKGROUNDS) if is_held_out(kind, color, where) == held_out]
     clips = scenes.make_clips(count, seed, frames, np.array(looks))
     del clips["mask"]
-    clips["prompts"] = clips.pop("captions")
     return clips
 
 

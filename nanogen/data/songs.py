@@ -20,7 +20,7 @@ import numpy as np
 
 from nanogen import UserError
 from nanogen.data.phonemes import SYLLABLES
-from nanogen.data.utterances import HOP, SYMBOLS
+from nanogen.data.utterances import HOP, SYMBOLS, to_columns
 from nanogen.data.voices import RATE, Speaker, phones_of, pluck, sing
 from nanogen.files import explained
 
@@ -102,17 +102,9 @@ def to_symbols(song: Song) -> list[int]:
 def from_symbols(chain: list[int]) -> Song:
     """The inverse of `to_symbols`."""
     theme, mood, tempo, *rest = (VOCABULARY[symbol] for symbol in chain)
-    chords, bars, note = [], [], []
-    for kind, value in map(str.split, rest):
-        if kind == "chord":
-            chords.append(int(value))
-            bars.append([])
-        else:
-            note.append(value if kind == "word" else int(value))
-        if kind == "length":
-            bars[-1].append(tuple(note))
-            note = []
-    return Song(theme, mood, tempo, tuple(map(tuple, bars)), tuple(chords))
+    before = {"chord": " | ", "word": " ", "tone": ":", "length": ":"}
+    values = (before[kind] + value for kind, value in map(str.split, rest))
+    return from_text(f"{mood} {tempo} {theme}{''.join(values)}")
 
 
 def possible(chain: list[int]) -> np.ndarray:
@@ -250,21 +242,14 @@ def make(count: int, seed: int = 0, singers: int = 100) -> dict:
     `to_frames`; all with -1 after the last; root int64 (N,); labels int64 (N,), into MOODS; speaker
     int64 (N,)."""
     voices = [Speaker.random(np.random.default_rng([seed, 0, i])) for i in range(singers)]
-    most = round(2 * BARS * 60 / min(TEMPOS.values()) * RATE / HOP)
-    shapes = {"words": (12,), "symbols": (LONGEST,), "frames": (most, 6), "root": (), "labels": (),
-              "speaker": ()}
-    columns = {name: np.full((count, *shape), -1) for name, shape in shapes.items()}
-    waveforms, prompts, scores = [], [], []
+    most = round(2 * BARS * 60 / min(TEMPOS.values()) * RATE / HOP)  # frames
+    rows = []
     for i in range(count):
         rng = np.random.default_rng([seed, 1, i])
         song, root, who = compose(rng), int(rng.choice(KEYS)), i % singers
-        waveforms.append(perform(song, root, voices[who], int(rng.integers(2**31))))
-        prompts.append(song.prompt)
-        scores.append(to_text(song))
-        rows = {"words": [WORDS.index(word) for word, *_ in song.notes],
-                "symbols": to_symbols(song), "frames": to_frames(song, root)}
-        for name, row in rows.items():
-            columns[name][i, : len(row)] = row
-        columns["root"][i], columns["speaker"][i] = root, who
-        columns["labels"][i] = list(MOODS).index(song.mood)
-    return {"waveforms": waveforms, **columns, "prompts": prompts, "scores": scores}
+        rows.append({"waveforms": perform(song, root, voices[who], int(rng.integers(2**31))),
+                     "words": [WORDS.index(word) for word, *_ in song.notes],
+                     "symbols": to_symbols(song), "frames": to_frames(song, root), "root": root,
+                     "labels": list(MOODS).index(song.mood), "speaker": who,
+                     "prompts": song.prompt, "scores": to_text(song)})
+    return to_columns(rows, {"words": (12,), "symbols": (LONGEST,), "frames": (most, 6)})

@@ -9,7 +9,6 @@ import hashlib
 import io
 import os
 import tarfile
-import warnings
 from collections import Counter
 from collections.abc import Callable
 from math import gcd
@@ -24,7 +23,7 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from nanogen import UserError
-from nanogen.files import content_hash, reason
+from nanogen.files import content_hash, explained
 
 SAMPLE_RATE = 8000  # samples a second, of every sound in nanogen
 SIZE = 32  # pixels a side of images; larger ones are read on demand (`read_images`)
@@ -32,6 +31,7 @@ KINDS = {  # the files that count
     "images": {".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".tif", ".tiff"},
     "sounds": {".wav", ".flac", ".ogg", ".mp3"}}
 TESTS = ("test", "val", "valid", "validation")  # folders beside train/; the first one is the test
+Image.MAX_IMAGE_PIXELS = 150_000_000  # Pillow warns above this, and refuses twice as many
 
 
 # ---- a folder of one's own
@@ -42,39 +42,32 @@ def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
     class is the test: at least one file, none if there is only one. The parts and their order are
     the same on every machine: a hash of the file names decides. Without sub-folders, all files are
     of one class. UserError if there is nothing that can be read."""
-    skipped: list[str] = []
-    every = visible_files(folder, skipped)
+    every = visible_files(folder)
     found = {kind: [file for file in every if file.suffix.lower() in KINDS[kind]] for kind in KINDS}
     kind = max(found, key=lambda kind: len(found[kind]))
     if not found[kind]:
         kinds = f"({' '.join(sorted(set.union(*KINDS.values())))})"
         raise UserError(f"{folder} has no images or sounds {kinds}: add one folder for each class.")
     classes, tests, part = divide(found[kind], folder.resolve().name)
-    tests = {name: tests[name] for name in classes if name in tests}  # others cannot be learned
-    wanted = {file for files in [*classes.values(), *tests.values()] for file in files}
+    wanted = [file for name in classes for file in (*classes[name], *tests.get(name, ()))]
+    read, skipped = {}, []  # {file: {column: value}}, and sentences about what cannot be read
+    for file in tqdm(wanted, f"reading {folder.name}", delay=1):
+        try:
+            read[file] = read_example(folder / file, kind)
+        except UserError as error:
+            skipped.append(str(error))
 
-    train, test, names = [], [], []  # train and test: {column: value} of each example
-    with tqdm(total=len(wanted), desc=f"reading {folder.name}", delay=1) as bar:
-
-        def read(files: list[Path]) -> list[dict]:
-            examples = []
-            for file in files:
-                bar.update()
-                try:
-                    examples.append(read_example(folder / file, kind))
-                except UserError as error:
-                    skipped.append(str(error))
-            return examples
-
-        for name in classes:
-            learned, tested = read(classes[name]), read(tests.get(name, []))
-            if not part:
-                count = max(1, len(learned) // 10) if len(learned) > 1 else 0
-                tested, learned = learned[:count], learned[count:]
-            if learned:
-                train += [example | {"labels": len(names)} for example in learned]
-                test += [example | {"labels": len(names)} for example in tested]
-                names.append(name)
+    train, test, names = [], [], []
+    for name in classes:
+        learned, tested = ([read[file] | {"labels": len(names)} for file in files if file in read]
+                           for files in (classes[name], tests.get(name, ())))
+        if not part:
+            count = max(1, len(learned) // 10) if len(learned) > 1 else 0
+            tested, learned = learned[:count], learned[count:]
+        if learned:
+            train += learned
+            test += tested
+            names.append(name)
     if not train:
         raise UserError(f"No file in {folder} can be read; the first: {skipped[0]}")
 
@@ -87,7 +80,7 @@ def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
         if kind == "images":
             columns["images"] = np.array(columns["images"], np.uint8).reshape(-1, SIZE, SIZE, 3)
         parts.append(columns)
-    unused = [file for file in every if file not in wanted]
+    unused = sorted({*every} - {*wanted})
     if os.environ.get("RANK", "0") == "0":  # of several processes, the first one says it
         print(census(folder, kind, names, *parts, part, unused, skipped), flush=True)
     return kind, *parts, {"labels": names} | ({"speakers": ["unknown"]} if kind == "sounds" else {})
@@ -95,22 +88,19 @@ def read_folder(folder: Path) -> tuple[str, dict, dict, dict[str, list[str]]]:
 
 def read_example(path: Path, kind: str) -> dict:
     """The columns of one file. sides: of an image's central square, in pixels."""
-    columns = {"files": str(path)}
     if kind == "sounds":
-        columns |= {"waveforms": read_sound(path), "speakers": 0}
+        columns = {"waveforms": read_sound(path), "speakers": 0}
     else:
-        columns["images"] = read_image(path)
-        with open_image(path) as image:
+        columns = {"images": read_image(path), "prompts": path.stem.replace("_", " ")}
+        with Image.open(path) as image:
             columns["sides"] = min(image.size)
-    return columns | {"hashes": content_hash(path)}
+    return columns | {"files": str(path), "hashes": content_hash(path)}
 
 
-def visible_files(folder: Path, unreadable: list[str]) -> list[Path]:
+def visible_files(folder: Path) -> list[Path]:
     """All files, as paths within the folder, but none that is hidden or within a hidden folder."""
     files = []
-    walk = os.walk(folder, followlinks=True, onerror=lambda error: unreadable.append(
-        f"{error.filename} is no folder that can be read ({error.strerror})."))
-    for place, folders, names in walk:
+    for place, folders, names in os.walk(folder, followlinks=True):
         folders[:] = [name for name in folders if name[0] != "."]
         files += [Path(place, name).relative_to(folder) for name in names if name[0] != "."]
     return files
@@ -162,22 +152,20 @@ def census(folder: Path, kind: str, names: list[str], train: dict, test: dict, p
         seconds = [len(clip) / SAMPLE_RATE for clip in train["waveforms"] + test["waveforms"]]
         said.append(f"They last {sum(seconds):,.1f} s in total, the longest {max(seconds):,.1f} s.")
     if unused:
-        kinds = Counter(unused_kind(file, KINDS[kind], part) for file in unused).most_common()
+        kinds = Counter(unused_kind(file, KINDS[kind]) for file in unused).most_common()
         few = [f"{count:,} {name}" for name, count in kinds[:8]] + ["..."] * (len(kinds) > 8)
         said.append(f"Ignored: {', '.join(few)}.")
     if skipped:
-        few = skipped[:5] + ["..."] * (len(skipped) > 5)
-        said += [f"Skipped {len(skipped):,} that cannot be read:", *few]
+        said += [f"Skipped {len(skipped):,} that cannot be read:", *skipped[:5]]
     return " ".join(said)
 
 
-def unused_kind(file: Path, suffixes: set[str], part: str) -> str:
-    """.txt, or where a file lies that could be read: ".png in val/", ".png beside the folders"."""
+def unused_kind(file: Path, suffixes: set[str]) -> str:
+    """.txt, or where a file lies that could be read: ".png in val/a/"."""
     suffix = file.suffix.lower()
     if suffix not in suffixes:
         return suffix or "without a suffix"
-    place = file.parts[:-1][: 2 if file.parts[0] == part else 1]  # test/hen/, but not val/hen/
-    return f"{suffix} in {'/'.join(place)}/" if place else f"{suffix} beside the folders"
+    return f"{suffix} in {file.parent}/" if len(file.parts) > 1 else f"{suffix} beside the folders"
 
 
 def read_images(paths: list[str], size: int) -> np.ndarray:
@@ -186,23 +174,13 @@ def read_images(paths: list[str], size: int) -> np.ndarray:
     return np.array([read_image(path, size) for path in bar], np.uint8).reshape(-1, size, size, 3)
 
 
-def open_image(path: str | Path) -> Image.Image:
-    """Read the header. Pillow warns of many pixels; `read_image` checks their number itself."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-        return Image.open(path)
-
-
 def read_image(path: str | Path, size: int = SIZE) -> np.ndarray:
     """Any image -> uint8 (size, size, 3): the central square, resized with antialiasing, on white.
     Grey, palette and 16-bit become RGB; of an animation, the first frame. UserError if it cannot be
-    read, or decodes to so many pixels that it may be a small file made to fill the memory."""
-    try:
-        with open_image(path) as image:
+    read, or has so many pixels that it may be a small file made to fill the memory."""
+    with explained(f"{path} is no image that can be read ({{reason}})."):
+        with Image.open(path) as image:
             image.draft(None, (2 * size, 2 * size))  # a large JPEG is decoded at an eighth or so
-            pixels = image.width * image.height
-            if pixels > (Image.MAX_IMAGE_PIXELS or pixels):
-                raise ValueError(f"{pixels} pixels are more than it is safe to decode")
             upright = ImageOps.exif_transpose(image)
         if upright.mode.startswith("I"):  # 16-bit grey: Pillow would clip at 255 instead of scaling
             upright = Image.fromarray((np.asarray(upright) / 256).clip(0, 255).astype(np.uint8))
@@ -212,20 +190,16 @@ def read_image(path: str | Path, size: int = SIZE) -> np.ndarray:
         small = square.resize((size, size), Image.Resampling.LANCZOS)
         white = Image.new("RGBA", small.size, "white")
         return np.array(Image.alpha_composite(white, small).convert("RGB"))
-    except Exception as error:  # decoders meet broken files with almost any exception
-        raise UserError(f"{path} is no image that can be read ({reason(error)}).") from error
 
 
-def read_sound(path: str | Path, sample_rate: int = SAMPLE_RATE) -> np.ndarray:
+def read_sound(path: str | Path) -> np.ndarray:
     """A WAV, FLAC, OGG or MP3 file -> float32 (T,) in [-1, 1], mono. UserError for a bad file."""
-    try:
+    with explained(f"{path} is no sound that can be read ({{reason}})."):
         check_complete(path)
         channels, rate = soundfile.read(path, dtype="float32", always_2d=True)  # (T, channels)
         if not len(channels) or not np.isfinite(channels).all():
             raise ValueError("it is empty, or has values that are not finite")
-        return resample(channels.mean(axis=1), rate, sample_rate).clip(-1, 1)
-    except Exception as error:
-        raise UserError(f"{path} is no sound that can be read ({reason(error)}).") from error
+        return resample(channels.mean(axis=1), rate, SAMPLE_RATE).clip(-1, 1)
 
 
 def check_complete(path: str | Path) -> None:
@@ -272,15 +246,12 @@ def download(name: str, folder: Path) -> dict[str, np.ndarray]:
     source = SOURCES[name]
     by_hand = folder / source.archive
     where = source.archive if by_hand.exists() else urlsplit(source.url).hostname
-    try:
+    with explained(f"{name} could not be downloaded ({where}: {{reason}}): run again, or put the "
+                   f"file into {folder} by hand as data/README.md says."):
         archive = by_hand.read_bytes() if by_hand.exists() else fetch(source)
         if source.digest(archive) != source.checksum:
             raise ValueError("the checksum is wrong")
         return source.read(archive)
-    except Exception as error:  # hosts and damaged archives fail in many ways
-        failure = f"{name} could not be downloaded ({where}: {reason(error)})"
-        advice = f"run again, or put the file into {folder} by hand as data/README.md says"
-        raise UserError(f"{failure}: {advice}.") from error
 
 
 def fetch(source: Source) -> bytes:

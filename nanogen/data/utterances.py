@@ -6,6 +6,7 @@ null" in German. So a model can learn to go on in the voice of the first part, i
 """
 
 import re
+from collections.abc import Sequence
 from dataclasses import astuple, replace
 
 import numpy as np
@@ -16,7 +17,8 @@ from nanogen.data.voices import RATE, Speaker, say
 
 HOP = 128  # samples of a frame
 SYMBOLS = ["", *PHONEMES]  # number of a phoneme; 0: none sounds
-MOST_PHONEMES = 32  # at least those of four digits
+LONGEST = 4 * RATE  # samples of a recording
+SHAPES = {"words": (8,), "frames": (LONGEST // HOP,), "durations": (32, 2), "language": (2,)}
 WORDS = {"english": "zero one two three four five six seven eight nine",
          "german": "null eins zwei drei vier fünf sechs sieben acht neun",
          "spanish": "cero uno dos tres cuatro cinco seis siete ocho nueve"}
@@ -50,12 +52,6 @@ def to_frames(spoken: list[tuple], total: int) -> np.ndarray:
     return frames
 
 
-def to_counts(spoken: list[tuple], begin: int) -> list[tuple[int, int]]:
-    """Phonemes of the part that begins at a frame -> (symbol, number of frames) of each."""
-    return [(SYMBOLS.index(symbol), round(end * RATE / HOP) - round(start * RATE / HOP))
-            for symbol, start, end in spoken if start * RATE >= begin * HOP - 1]
-
-
 def record(digits: list[str], languages: list[str], speaker: Speaker,
            rng: np.random.Generator) -> tuple[np.ndarray, list[tuple], int]:
     """Two parts with a pause -> the waveform (T,), the phonemes, a list of (symbol, start, end) in
@@ -76,29 +72,34 @@ def record(digits: list[str], languages: list[str], speaker: Speaker,
     return np.concatenate(pieces), spoken, begin
 
 
-def empty_columns(count: int, longest: float) -> dict[str, np.ndarray]:
-    """The columns of `count` recordings, with -1 everywhere."""
-    shapes = {"words": (8,), "frames": (int(longest * RATE) // HOP,),
-              "durations": (MOST_PHONEMES, 2), "begin": (), "language": (2,), "labels": (),
-              "speaker": ()}
-    return {name: np.full((count, *shape), -1) for name, shape in shapes.items()}
-
-
-def describe(columns: dict, row: int, sound: np.ndarray, phones: list, begin: int, who: int,
-             digits: list[str], language) -> None:
-    """Write the labels of a recording into one row of the columns."""
+def describe(sound: np.ndarray, spoken: list[tuple], begin: int, who: int, digits: list[str],
+             language: Sequence[int]) -> dict:
+    """The row of a recording: its columns as `make` names them."""
+    durations = [(SYMBOLS.index(symbol), round(end * RATE / HOP) - round(start * RATE / HOP))
+                 for symbol, start, end in spoken if start * RATE >= begin * HOP - 1]
     words = [10 * code + int(digit) for code, part in zip(language, digits, strict=True)
              for digit in part]
-    values = {"words": words, "frames": to_frames(phones, len(sound)),
-              "durations": to_counts(phones, begin)}
-    for name, value in values.items():
-        columns[name][row, : len(value)] = value
-    columns["begin"][row], columns["language"][row] = begin, language
-    columns["labels"][row], columns["speaker"][row] = int(digits[1][0]), who
+    return {"waveforms": sound, "words": words, "frames": to_frames(spoken, len(sound)),
+            "durations": durations, "begin": begin, "language": language,
+            "labels": int(digits[1][0]), "speaker": who, "prompts": digits[1]}
 
 
-def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -> dict:
-    """`count` recordings by `speakers` voices in turn, at most `longest` seconds each.
+def to_columns(rows: list[dict], shapes: dict[str, tuple]) -> dict:
+    """Rows as columns: int64 (N, *shape) with -1 after the last of each row, else a list."""
+    columns = {}
+    for name in rows[0]:
+        columns[name] = values = [row[name] for row in rows]
+        if name in shapes:
+            columns[name] = np.full((len(rows), *shapes[name]), -1)
+            for i, value in enumerate(values):
+                columns[name][i, : len(value)] = value
+        elif isinstance(values[0], int):
+            columns[name] = np.array(values)
+    return columns
+
+
+def make(count: int, seed: int = 0, speakers: int = 400) -> dict:
+    """`count` recordings by `speakers` voices in turn, at most LONGEST samples each.
 
     -> waveforms, a list of float32 (T,); words int64 (N, 8), 10 * language + digit of both parts;
     frames int64 (N, F), phonemes; durations int64 (N, 32, 2), phonemes of the second part and their
@@ -106,34 +107,33 @@ def make(count: int, seed: int = 0, speakers: int = 400, longest: float = 4.0) -
     part; language int64 (N, 2), of the parts; labels int64 (N,), the second part's first digit;
     prompts, a list of its digits; speaker int64 (N,); voice float32 (N, 4)."""
     voices = [Speaker.random(np.random.default_rng([seed, 0, i])) for i in range(speakers)]
-    columns, waveforms, prompts = empty_columns(count, longest), [], []
+    rows = []
     for i in range(count):
         rng, who, sound = np.random.default_rng([seed, 1, i]), i % speakers, None
-        while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
+        while sound is None or len(sound) > LONGEST:
             digits = ["".join(map(str, rng.integers(10, size=rng.integers(1, 5))))
                       for _ in range(2)]
             language = rng.integers(len(LANGUAGES), size=2)
             sound, phones, begin = record(digits, [LANGUAGES[k] for k in language], voices[who],
                                           rng)
-        describe(columns, i, sound, phones, begin, who, digits, language)
-        waveforms.append(sound)
-        prompts.append(digits[1])
+        rows.append(describe(sound, phones, begin, who, digits, language))
+    columns = to_columns(rows, SHAPES)
     voice = np.array([astuple(voices[who]) for who in columns["speaker"]], dtype=np.float32)
-    return {"waveforms": waveforms, **columns, "voice": voice, "prompts": prompts}
+    return columns | {"voice": voice}
 
 
 def join(clips: list[np.ndarray], digits: np.ndarray, speakers: np.ndarray, count: int,
-         seed: int = 0, longest: float = 4.0) -> dict:
+         seed: int = 0) -> dict:
     """The same from recorded English digits (T,), joined, each row by one of the speakers, with up
     to 3 frames of silence between two digits. Nobody knows when their phonemes sound: a clip is
     divided as at ordinary tempo."""
-    columns, waveforms, prompts = empty_columns(count, longest), [], []
-    rows = {who: np.flatnonzero(speakers == who) for who in np.unique(speakers)}
+    own = {who: np.flatnonzero(speakers == who) for who in np.unique(speakers)}
+    rows = []
     for i in range(count):
         rng, sound = np.random.default_rng([seed, i]), None
-        who = int(rng.choice(list(rows)))
-        while sound is None or len(sound) > columns["frames"].shape[1] * HOP:
-            chosen = [rng.choice(rows[who], rng.integers(1, 5)) for _ in range(2)]
+        who = int(rng.choice(list(own)))
+        while sound is None or len(sound) > LONGEST:
+            chosen = [rng.choice(own[who], rng.integers(1, 5)) for _ in range(2)]
             pieces, phones, at, begin = [], [], 0, 0  # at, and all lengths: multiples of HOP
             for j, number in enumerate([*chosen[0], *chosen[1]]):
                 second = j == len(chosen[0])
@@ -148,10 +148,8 @@ def join(clips: list[np.ndarray], digits: np.ndarray, speakers: np.ndarray, coun
                 at += len(clip)
             sound = np.concatenate(pieces)
         said = ["".join(str(int(digits[number])) for number in part) for part in chosen]
-        describe(columns, i, sound, phones, begin, who, said, [0, 0])
-        waveforms.append(sound)
-        prompts.append(said[1])
-    return {"waveforms": waveforms, **columns, "prompts": prompts}
+        rows.append(describe(sound, phones, begin, who, said, [0, 0]))
+    return to_columns(rows, SHAPES)
 
 
 def sounding(clip: np.ndarray) -> tuple[int, int]:
