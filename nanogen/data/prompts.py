@@ -50,17 +50,16 @@ LONGEST_THOUGHT = 35  # tokens: 9+9=9a10b11c12d13e14f15g16h17i18=18
 
 # ---- text -> tokens
 
-def tokenize(text: str, tokens: dict[str, int] = TOKENS) -> list[int]:
+def tokenize(text: str) -> list[int]:
     """A known word is one token; capitals, digits and + - = are one each. A capital that begins a
     word is made small. UserError for words that are not known."""
     text = re.sub(r"^A\b|\b[A-Z](?=[a-z])", lambda capital: capital[0].lower(), text)
     parts = re.findall(r"[a-z]+|[A-Z]|[0-9+=-]|[^\s,.]", text)
-    if unknown := [part for part in dict.fromkeys(parts) if part not in tokens]:
-        known = ", ".join(list(tokens)[len(CHARACTERS):])
+    if unknown := [part for part in dict.fromkeys(parts) if part not in TOKENS]:
         raise UserError(f"The prompt {text!r} has words that the model never saw: "
-                        f"{', '.join(unknown)}. It knows {known}, and capitals and digits on "
-                        "signs.")
-    return [tokens[part] for part in parts]
+                        f"{', '.join(unknown)}. It knows {', '.join(WORDS[len(CHARACTERS):])}, and "
+                        "capitals and digits on signs.")
+    return [TOKENS[part] for part in parts]
 
 
 def detokenize(tokens: list[int]) -> str:
