@@ -19,6 +19,7 @@ import functools
 import json
 import math
 import signal
+import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
@@ -324,8 +325,10 @@ def ctrl_c():
             raise KeyboardInterrupt
         asked.append(True)
 
-    previous = signal.signal(signal.SIGINT, ask)
+    main = threading.current_thread() is threading.main_thread()  # signals need it
+    previous = signal.signal(signal.SIGINT, ask) if main else None
     try:
         yield asked
     finally:
-        signal.signal(signal.SIGINT, previous)
+        if main:
+            signal.signal(signal.SIGINT, previous)
