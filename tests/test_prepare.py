@@ -230,6 +230,10 @@ def test_what_was_encoded_is_found_again_unless_images_settings_or_tokenizer_cha
     negative = fruit.train | {"images": 255 - fruit.train["images"], "hashes": ["other"] * 54}
     changed = prepared(dataclasses.replace(fruit, train=negative))
     assert not torch.equal(changed["tokens"], first["tokens"]) and len(encoded) == before + 1
+    relabeled = fruit.train | {"labels": fruit.train["labels"][::-1].copy()}
+    relabeled = prepared(dataclasses.replace(fruit, train=relabeled))
+    assert torch.equal(relabeled["labels"][: len(fruit)], first["labels"][: len(fruit)].flip(0))
+    before += 1
     assert len(prepared(flip=False)["tokens"]) == len(fruit) and len(encoded) == before + 2
     model.encoding_fields = ("width",)
     prepared()

@@ -34,20 +34,21 @@ def prepare(model: Method, dataset: Dataset, flip: bool, base: Path | None = Non
     """The training data as the model's `loss` wants it, on the CPU.
     flip: what is encoded is encoded mirrored, too (the loop mirrors plain images by itself).
     base: the folder of the tokenizer or codec that encodes; the result is kept there if `keep`."""
-    path, tensors = None, None
-    if base and model.encodes and not model.examples:
-        fields = [getattr(model.config, name) for name in model.encoding_fields]
-        weights = content_hash(base / "model.safetensors")
-        key = fingerprint(dataset.fingerprint, fields, flip, weights)
-        path = base / f"encoded-{key}.safetensors"
-        with contextlib.suppress(Exception):  # missing or damaged: encode again
+    tensors = columns(model, dataset)
+    if model.encodes:
+        path = None
+        if base and not model.examples:
+            fields = [getattr(model.config, name) for name in model.encoding_fields]
+            raw = [part for name, tensor in tensors.items() for part in (name, tensor.numpy())]
+            key = fingerprint(*raw, fields, flip, content_hash(base / "model.safetensors"))
+            path = base / f"encoded-{key}.safetensors"
+        try:
             tensors = load_file(path)
-    if tensors is None:
-        tensors = columns(model, dataset)
-        tensors = encode(model, tensors, flip) if model.encodes else tensors
-        if path and keep:
-            with contextlib.suppress(UserError):  # the folder may be read-only
-                write_atomically(path, lambda path: save_file(tensors, path))
+        except Exception:  # missing or damaged: encode again
+            tensors = encode(model, tensors, flip)
+            if path and keep:
+                with contextlib.suppress(UserError):  # the folder may be read-only
+                    write_atomically(path, lambda path: save_file(tensors, path))
     model.measure(tensors)
     return tensors
 
