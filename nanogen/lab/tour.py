@@ -10,6 +10,7 @@ The comparison gives every way to make an image the same data and the same minut
 they were stopped.
 """
 
+import itertools
 import time
 from pathlib import Path
 
@@ -155,8 +156,11 @@ SPEECH_METRICS = {"words_right": "words right", "words_right_codec": "of codec c
                   "at 0.7 times the length / words_right": "0.7 times as long",
                   "at 1.4 times the length / words_right": "1.4 times as long",
                   "cents": "cents off", "within_50_cents": "notes right"}
+OMNI_METRICS = {f"{given} to {asked}": f"{given} to {asked}"
+                for given, asked in itertools.permutations(("text", "image", "sound"), 2)}
+OMNI_METRICS |= {"sound to text to image": "sound to text to image"}
 TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_METRICS,
-          "speech": SPEECH_METRICS}
+          "speech": SPEECH_METRICS, "omni": OMNI_METRICS}
 
 
 def list_methods() -> str:
@@ -200,6 +204,8 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
 
 def table_of(method: str, data: str) -> str:
     """Which of TABLES has the recipes of this method on this data."""
+    if method == "omni":
+        return method
     prompted = method in ("reader", "listener") or "prompts" in find(method).Model.conditions
     return ("speech" if kind_of(data) == "sounds" else "prompts") if prompted else kind_of(data)
 
