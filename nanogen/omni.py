@@ -72,8 +72,8 @@ class Config:
     def __post_init__(self):
         choose(self, head=("flow", "mse"), separate=("", *numbers.NAMES), parts=(
             "text+image+sound", "text+image", "text+sound", "image+sound"))
-        check_numbers(self, nothing=(self.alone + self.nothing <= 1, "at most 1 - alone"),
-                      ordered=(self.ordered <= 1, "at most 1"))
+        check_numbers(self, nothing=(0 <= self.nothing <= 1 - self.alone, "from 0 to 1 - alone"),
+                      ordered=(0 <= self.ordered <= 1, "from 0 to 1"))
         check(self, width=(self.width % (4 * self.heads) == 0, "a multiple of 4 * heads"),
               size=(self.size == SIZE, f"{SIZE}, the side of all scenes"))
 
