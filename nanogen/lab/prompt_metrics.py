@@ -118,12 +118,15 @@ def related(seen: list[tuple], wanted: list[tuple], relation: int) -> bool:
 
 def judge_prompts(images: np.ndarray, thoughts: np.ndarray, test: dict, reader: Reader) -> dict:
     """Fractions right of images uint8 (N, 32, 32, 3) drawn for N test examples, by task, and those
-    of the test images; of edits also the PSNR of what should stay. A sum is right if its "sign" is,
-    "many" if the "count" is. Where there is nothing to work out, only an empty thought is right."""
+    of the test images; of signs also by length, and of edits the PSNR of what should stay. A sum is
+    right if its "sign" is, "many" if the "count" is. Where there is nothing to work out, only an
+    empty thought is right."""
     sides = {"": obeyed(images, test, reader), "_real": obeyed(test["images"], test, reader)}
-    names = np.array(list(TASKS))[test["task"]]
+    names, lengths = np.array(list(TASKS))[test["task"]], np.char.str_len(test["signs"])
     groups = {name: names == name for name in TASKS}
-    groups |= {"looks": np.isin(names, ("plain", "count")), "edits": np.isin(names, EDITS)}
+    groups |= {"looks": np.isin(names, ("plain", "count")), "edits": np.isin(names, EDITS),
+               "short sign": groups["sign"] & (lengths <= 3),  # one to three letters, or more
+               "long sign": groups["sign"] & (lengths > 3)}
     result = {f"{name}{suffix}": {"n": int(rows.sum())} | {
         key: values[rows].mean().item() for key, values in right.items()}
         for suffix, right in sides.items() for name, rows in groups.items() if rows.any()}
