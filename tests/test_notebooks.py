@@ -43,12 +43,12 @@ def small_recipes(method):
     return found
 
 
-def small_train_run(method, data, overrides, folder, **named):
+def small_train_run(method, data, overrides, folder, *recipe, **named):
     overrides = {name: value for name, value in overrides.items() if name != "minutes"}
     if method == "flow":  # which of its two networks is meant stands in the overrides alone
         dit = overrides.get("network") == "dit"
         overrides |= {"depth": 2} if dit else {"widths": (32, 32, 32)}
-    return train_run(method, data, overrides, folder, **named)
+    return train_run(method, data, overrides, folder, *recipe, **named)
 
 
 def two_words(*inputs):  # a listener after three steps hears dozens
