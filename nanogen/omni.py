@@ -25,6 +25,12 @@ from a sound to an image, straight or by way of a text? The metrics say so.
     python -m nanogen sample runs/omni-numbers --prompt "a red dog on grass with a sign that says 7"
     python -m nanogen sample runs/omni-numbers --voice seven.wav --ask image
 
+Measured (1,200 steps of 32 examples, 45 minutes on one thread beside other programs; 100 held-out
+combinations, by chance 0.1): it reads, and does not yet draw. The number is right in 0.71 of the
+captions of images and in 0.61 of those of sounds, but in 0.23 of the images and 0.11 of the sounds
+of captions, and in 0.11 between images and sounds. Images have the background and a sign, with some
+digit on it. Other guidances and temperatures do not change this.
+
 Sources: Mizrahi et al. 2023, "4M" (masks across all modalities); Li et al. 2024, "MAR" (a flow head
 for vectors); Zhou et al. 2024, "Transfusion" (words and vectors in one Transformer); Chang et al.
 2022, "MaskGIT". Different here: one part is asked for at a time; vectors, not codes, for image and
