@@ -170,6 +170,8 @@ class Omni(Method):
         `nothing`, else both."""
         count, device, config = len(language), language.device, self.config
         parts = torch.tensor([PARTS.index(name) for name in config.parts.split("+")], device=device)
+        if count < len(parts):  # a part would have no loss
+            raise ValueError(f"batch_size must be at least {len(parts)}, got {count}")
         asked = parts[torch.arange(count, device=device) * len(parts) // count]
         given = torch.zeros(count, 3, dtype=torch.bool, device=device)
         given[:, parts] = True

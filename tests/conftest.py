@@ -43,6 +43,19 @@ def awake(model: nn.Module, std: float = 0.3) -> nn.Module:
     return model.eval()
 
 
+def learn(model: nn.Module, batch: dict, lr: float, steps: int = 60) -> list[dict]:
+    """The metrics of each step of a training on one batch, with the same random numbers in all."""
+    optimizer, found = torch.optim.Adam(model.parameters(), lr), []
+    for _ in range(steps):
+        torch.manual_seed(0)
+        loss, metrics = model.loss(batch)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        found.append({"loss": loss.item()} | metrics)
+    return found
+
+
 def tiny_tokenizer(bottleneck: str = "vq", grid: int = 4, **fields) -> tokenizer.Tokenizer:
     """Images of 2 x grid pixels a side -> grid^2 tokens of 32 codes (fsq: 20) or 4 channels."""
     own = {"fsq": dict(levels=(5, 4)), "kl": dict(channels=4), "none": dict(channels=4)}

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import awake
+from conftest import awake, learn
 
 from nanogen import UserError, omni
 from nanogen.audio import codec
@@ -192,16 +192,14 @@ def test_patches_come_back_as_the_image(examples):
 def test_a_batch_of_all_three_parts_is_learned(examples):
     model = tiny_omni(asleep=True)
     batch = {name: rows[:12] for name, rows in batch_of(model, examples).items()}
-    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
-    for _ in range(80):
-        torch.manual_seed(0)
-        loss, metrics = model.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(metrics)
-    assert losses[0].keys() == {"text", "image", "sound"}
+    losses = learn(model, batch, 3e-3, steps=80)
+    assert losses[0].keys() == {"loss", "text", "image", "sound"}
     assert all(losses[-1][name] < 0.8 * losses[0][name] for name in losses[0])
+
+
+def test_a_batch_with_fewer_examples_than_parts_is_refused():
+    with pytest.raises(ValueError, match="batch_size must be at least 3"):
+        tiny_omni().choose_parts(torch.zeros(2, dtype=torch.long))
 
 
 # ---- the metrics

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import awake
+from conftest import awake, learn
 from torch.nn.utils.rnn import pad_sequence
 
 from nanogen import UserError
@@ -145,12 +145,5 @@ def test_a_batch_of_songs_is_learned():
     batch = model.prepare({"waveforms": waveforms} | {
         name: torch.tensor(made[name]) for name in model.columns})
     model.measure(batch)
-    optimizer, losses = torch.optim.Adam(model.parameters(), 5e-3), []
-    for _ in range(60):
-        torch.manual_seed(0)
-        _, metrics = (loss := model.loss(batch))
-        optimizer.zero_grad()
-        loss[0].backward()
-        optimizer.step()
-        losses.append((metrics["sing"], metrics["compose"]))
+    losses = [(step["sing"], step["compose"]) for step in learn(model, batch, 5e-3)]
     assert losses[-1][0] < 0.8 * losses[0][0] and losses[-1][1] < 0.5 * losses[0][1]

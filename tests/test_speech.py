@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from conftest import awake
+from conftest import awake, learn
 from torch.nn.utils.rnn import pad_sequence
 
 from nanogen import UserError, listener
@@ -117,14 +117,7 @@ def test_a_batch_of_recordings_is_learned(recordings):
     model = tiny_speech(asleep=True)
     batch = batch_of(model, recordings)
     model.measure(batch)
-    optimizer, losses = torch.optim.Adam(model.parameters(), 3e-3), []
-    for _ in range(60):
-        torch.manual_seed(0)
-        loss, _ = model.loss(batch)
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
+    losses = [step["loss"] for step in learn(model, batch, 3e-3)]
     assert losses[-1] < 0.6 * losses[0]
 
 

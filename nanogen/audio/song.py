@@ -45,7 +45,7 @@ from nanogen.data import songs, utterances
 from nanogen.method import Method, Requirement, check, check_numbers
 
 PHONEMES, NOTES, SINCE = len(utterances.SYMBOLS), 128, 64  # SINCE: frames after a pluck
-HIDDEN = PHONEMES, NOTES, NOTES, NOTES, NOTES, SINCE  # the next number means that it is hidden
+HIDDEN = PHONEMES, NOTES, NOTES, NOTES, NOTES, SINCE  # in these columns: it is not told
 
 
 @dataclass

@@ -212,10 +212,12 @@ class Speech(Method):
         return self.latents(self.codec.latents(clip[None]).float())[0]
 
 
-def other_voices(waveforms: Tensor, frames: Tensor, begin: Tensor, speed: float):
-    """Play each sound (B, T) up to `speed` faster or slower: pitch and resonances move together, so
-    each recording is by a voice of its own (Ko et al. 2015, "Audio Augmentation for Speech
-    Recognition"). Frames (B, F) and begin (B,) move with it."""
+def other_voices(waveforms: Tensor, frames: Tensor, begin: Tensor,
+                 speed: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Sounds (B, T), their phonemes (B, F) and where the second part begins (B,) -> the same, each
+    sound played up to `speed` faster or slower, by a factor of its own. T and F grow, to have room
+    for the slowest. Pitch and resonances move together, so each recording is by another voice (Ko
+    et al. 2015, "Audio Augmentation for Speech Recognition")."""
     total, slowest = waveforms.shape[1], 1 / (1 - speed)
     speeds = 1 + speed * (2 * torch.rand(len(waveforms), device=waveforms.device) - 1)
     changed = waveforms.new_zeros(len(waveforms), int(total * slowest) + 1)
