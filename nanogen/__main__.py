@@ -246,6 +246,8 @@ def dub_command(options) -> None:
     clip = read_sound(options.file)
     (dubbed, digits, heard), = lab("dubbing").dub(run, listener.model, [clip], options.language,
                                                   options.seed)
+    if not digits:
+        raise UserError(f"The listener hears no digit in {options.file}.")
     soundfile.write(out, dubbed, SAMPLE_RATE)
     print(f"{out}: {digits}, heard in {heard}, said in {options.language}, "
           f"{len(dubbed) / SAMPLE_RATE:.2f} s of {len(clip) / SAMPLE_RATE:.2f} s")

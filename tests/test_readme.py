@@ -128,6 +128,17 @@ def test_all_six_directions_of_omni_are_measured(workplace, monkeypatch):
     assert [len(run.sample(2, ask=part, steps=2)) for part in ("text", "sound")] == [2, 2]
 
 
+def test_a_clip_without_digits_is_dubbed_by_silence_and_refused_at_the_command_line(
+        workplace, monkeypatch, capsys):
+    monkeypatch.chdir(workplace)
+    monkeypatch.setattr(dubbing, "listen", lambda *_: ([[]], None))
+    clip = np.ones(4000, np.float32)
+    assert not dubbing.dub(None, None, [clip], "german")[0][0].any()
+    sounds = sorted(path for path in workplace.rglob("*.wav"))
+    assert main(["dub", "runs/speech-recordings", str(sounds[0]), "--language", "german"]) == 1
+    assert f"The listener hears no digit in {sounds[0]}" in capsys.readouterr().err
+
+
 def test_data_without_what_a_method_learns_from_is_refused_at_once(workplace, monkeypatch, capsys):
     monkeypatch.setenv("NANOGEN_DATA", str(workplace))
     monkeypatch.chdir(workplace)

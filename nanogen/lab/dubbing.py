@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from nanogen import UserError
 from nanogen.data.sources import SAMPLE_RATE
 from nanogen.data.utterances import LANGUAGES, sounding
 from nanogen.lab import machine
@@ -33,12 +32,13 @@ def listen(listener: Listener, clips: list[np.ndarray]) -> tuple[list[list[int]]
 def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, seed: int = 0,
         **settings) -> list[tuple[np.ndarray, str, str]]:
     """Clips (T,) -> for each the dubbed one (T,), with the same silence at its ends; its digits;
-    and the language that was heard, that of most words. settings: of the sampler. UserError where
-    no digit is heard."""
+    and the language that was heard, that of most words. Where no digit is heard: silence, "" and
+    "". settings: of the sampler."""
     dubbed = []
     for clip, words in zip(clips, listen(listener, clips)[0], strict=True):
         if not words:
-            raise UserError("The listener hears no digit in this clip.")
+            dubbed.append((np.zeros_like(clip), "", ""))
+            continue
         digits = "".join(str(word % 10) for word in words)
         heard = LANGUAGES[np.bincount([word // 10 for word in words]).argmax()]
         asked, (start, end) = {"prompts": [digits], "languages": [language]}, sounding(clip)

@@ -61,7 +61,7 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     examples of each data set to learn from."""
     start, folder = time.monotonic(), Path(folder)
     print(f"The tour: {len(STORY)} methods on {sizes['scenes']:,} drawn images of 16x16 pixels and "
-          f"other small data. It takes about 16 minutes on two CPU cores with AVX512, up to three "
+          f"other small data. It takes about 14 minutes on two CPU cores with AVX512, up to three "
           f"times as long on older ones. {machine.describe()}")
     data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
             for method in STORY}
@@ -81,13 +81,14 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
         run = train_run(method, dataset, {}, place, "tour", resume=True)
         slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
         slow = slow or "prompts" in model.conditions
-        metrics = evaluate(run, 40 if slow else 300, dataset)
+        metrics = evaluate(run, 20 if slow else 300, dataset)
         rows.append(row_of(method, run, metrics))
         runs.append(run.folder)
     minutes = (time.monotonic() - start) / 60
     print(f"\n{table(rows)}\n\nThe tour took {minutes:.1f} minutes.")
     intro = (f"{len(STORY)} methods, trained from nothing in {minutes:.0f} minutes on "
-             f"{machine.describe()}, on drawings and voices that are made by code.")
+             f"{machine.describe()}, on drawings and voices that are made by code. So short a "
+             "training shows how a method works, not how well: README.md has longer ones.")
     stories = {run.name: story for run, story in zip(runs, STORY.values(), strict=True)}
     page = report.write(runs, folder / "index.html", "The nanogen tour", intro, stories=stories)
     print(f"Open {page}")
