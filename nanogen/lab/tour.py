@@ -61,7 +61,7 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     examples of each data set to learn from."""
     start, folder = time.monotonic(), Path(folder)
     print(f"The tour: {len(STORY)} methods on {sizes['scenes']:,} drawn images of 16x16 pixels and "
-          f"other small data. It takes about 14 minutes on two CPU cores with AVX512, up to three "
+          f"other small data. It takes about 15 minutes on two CPU cores with AVX512, up to three "
           f"times as long on older ones. {machine.describe()}")
     data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
             for method in STORY}
