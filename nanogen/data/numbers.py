@@ -1,7 +1,7 @@
 """Numbers to read, to see and to hear: a caption, a drawing and a spoken digit that agree.
 
     caption   a red dog on grass with a sign that says 7, german
-    image     the drawing of it: the number is on a sign (0 to 9), or so many things (2 to 4)
+    image     the drawing of it: the number is on a large sign (0 to 9), or so many things (2 to 4)
     sound     "sieben" in a random voice, at most 0.8 seconds
 
 All ten numbers are equally frequent. Everything but the number is independent: thing, color,
@@ -15,21 +15,26 @@ import numpy as np
 
 from nanogen import UserError
 from nanogen.data import prompts, scenes
-from nanogen.data.drawing import COLORS, THINGS
+from nanogen.data.drawing import COLORS, THINGS, draw_sign
 from nanogen.data.scenes import WHERE, Scene
 from nanogen.data.voices import LANGUAGES, RATE, Speaker, say
 
 SECONDS = 0.8
-COUNTED = 0.6  # fraction of the images of 2, 3 and 4 that show so many things, without a sign
+COUNTED = 0.6  # of the images of 2, 3 and 4, the fraction with so many things and no sign
 UNNAMED = 0.2  # fraction of the training captions without a language
-NAMES = list(LANGUAGES)
 DIGITS = [str(digit) for digit in range(10)]
 WORDS = list(dict.fromkeys([
     *DIGITS, *"a an with sign that says".split(), *" ".join(WHERE.values()).split(), *THINGS,
-    *prompts.PLURALS, *COLORS, *prompts.NUMBERS[1:], *NAMES]))  # of the captions
+    *prompts.PLURALS, *COLORS, *prompts.NUMBERS[1:], *LANGUAGES]))  # of the captions
 END, HIDDEN = 0, 1  # tokens; words begin at 2
 TOKENS = {word: number for number, word in enumerate(WORDS, start=2)}
 LONGEST = 14  # words of a caption
+
+
+def large_sign(digit: int) -> np.ndarray:
+    """A digit of twice the usual size on a board without a frame: uint8 (14, 10, 3)."""
+    board = draw_sign(str(digit))[1:-1, 1:-1]
+    return np.round(255 * np.kron(board, np.ones((2, 2, 1)))).astype(np.uint8)
 
 
 def to_tokens(caption: str) -> list[int]:
@@ -47,7 +52,7 @@ def to_caption(tokens: list[int]) -> str:
     """The words up to the first END: "a red dog on grass, german"."""
     tokens = tokens[: tokens.index(END)] if END in tokens else tokens
     words = [WORDS[token - 2] for token in tokens]
-    return " ".join(words[:-1]) + f", {words[-1]}" if words and words[-1] in NAMES \
+    return " ".join(words[:-1]) + f", {words[-1]}" if words and words[-1] in LANGUAGES \
         else " ".join(words)
 
 
@@ -83,14 +88,14 @@ def make(count: int, seed: int = 0, held_out: bool = False) -> dict[str, np.ndar
     (N,); and the truth about the images: `prompts.describe`."""
     shown, captions, numbers, languages = [], [], [], []
     clips = np.zeros((count, round(SECONDS * RATE)), np.int16)
-    for clip in clips:
-        rng = np.random.default_rng([seed, len(shown)])
+    for i, clip in enumerate(clips):
+        rng = np.random.default_rng([seed, i])
         number, scene = draw(rng, held_out)
-        language = int(rng.integers(len(NAMES)))
-        sound = say(str(number), NAMES[language], Speaker.random(rng), int(rng.integers(2**31)))
+        language = int(rng.integers(len(LANGUAGES)))
+        sound = say(str(number), LANGUAGES[language], Speaker.random(rng), int(rng.integers(2**31)))
         clip[: len(sound)] = np.round(32767 * sound[: len(clip)])
         named = held_out or rng.random() >= UNNAMED
-        captions.append(f"{scene.caption}, {NAMES[language]}" if named else scene.caption)
+        captions.append(f"{scene.caption}, {LANGUAGES[language]}" if named else scene.caption)
         shown.append(scene)
         numbers.append(number)
         languages.append(language)
@@ -99,6 +104,10 @@ def make(count: int, seed: int = 0, held_out: bool = False) -> dict[str, np.ndar
         words = to_tokens(caption)
         row[: len(words)] = words
     images, _ = scenes.render_scenes(shown, np.random.default_rng([seed, count]))
+    for image, scene in zip(images, shown, strict=True):
+        if scene.sign:  # a large one, over the small one
+            board = large_sign(int(scene.sign))
+            image[-board.shape[0] :, : board.shape[1]] = board
     return prompts.describe(shown) | {
         "images": images, "prompts": captions, "tokens": tokens, "clips": clips,
         "labels": np.array(numbers), "language": np.array(languages)}
