@@ -208,10 +208,12 @@ def sample_command(options) -> None:
         known = lab("sample").read_known(run, files, **part)
     elif part:
         raise Misuse(f"--{next(iter(part))} needs --known FILE, of which a part stays")
-    lab("sample").sample(run, options.n, conditions, options.seed, out=out, known=known, **settings)
+    drawn = lab("sample").sample(run, options.n, conditions, options.seed, out=out, known=known,
+                                 **settings)
     files = len(list(out.glob("*.wav")))
     kept = f" ({files} of them as .wav)" if 0 < files < options.n else ""
-    print(f"{options.n} {run.model.output}: {out}{kept}")
+    what = next((name for name in ("images", "videos", "waveforms") if name in drawn), "texts")
+    print(f"{options.n} {what}: {out}{kept}")
 
 
 def evaluate_command(options) -> None:

@@ -84,6 +84,9 @@ def test_every_command_runs_in_the_order_of_the_page(workplace, monkeypatch, cap
         if words[0] == "evaluate":
             words += ["--n", "20", "--steps", "2"]
         assert main(words) == 0, f"{command}: {capsys.readouterr().err}"
+        asked = words[words.index("--ask") + 1] if "--ask" in words else ""
+        named = {"sound": "waveforms", "text": "texts", "image": "images"}.get(asked, "")
+        assert named in capsys.readouterr().out
     written = ("images/grid.png", "report.html", "sounds/000.wav", "three.wav", "dubbed.wav",
                "said/000.wav", "sung/000.wav", "seven/000.wav", "seen/grid.png")
     assert all((workplace / name).exists() for name in written)
