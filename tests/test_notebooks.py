@@ -8,11 +8,15 @@ import json
 import re
 from pathlib import Path
 from textwrap import indent
+from types import SimpleNamespace
 
 import nbformat
+import numpy as np
 import pytest
 from conftest import fake_fsdd
 from nbclient import NotebookClient
+
+from nanogen.lab import notebook as tools
 
 FOLDER = Path(__file__).parents[1] / "notebooks"
 NOTEBOOKS = sorted(FOLDER.glob("[0-9][0-9]_*.ipynb"))
@@ -114,3 +118,35 @@ def test_the_source_on_the_page_is_the_source_that_runs(path):
         there = (FOLDER.parent / place).read_text(encoding="utf-8")
         assert source in there or indent(source, "    ") in there, (
             f"execute it again: {place} has changed since\n{source}")
+
+
+@pytest.mark.parametrize("shape", [(32, 32, 3), (8, 16, 16, 3), (4000,)])
+def test_a_slider_that_moves_draws_again(shape, monkeypatch):
+    class Model:
+        output = "images" if len(shape) > 1 else "waveforms"
+
+        def sample(self, conditions, *, guidance: float = 2.0, steps: int = 8, seed: int = 0):
+            pass
+
+    asked, boxes, places, updated = [], [], [], []
+
+    def sample(n, **chosen):
+        asked.append(chosen)
+        return np.zeros((n, *shape), np.uint8 if len(shape) > 1 else np.float32)
+
+    def display(bundle, raw, display_id=False):
+        places.append(SimpleNamespace(update=lambda part, raw: updated.append(part)))
+        return places[-1]
+
+    make_box = tools.ipywidgets.VBox
+    monkeypatch.setattr(tools, "display", display)
+    monkeypatch.setattr(tools.ipywidgets, "VBox",
+                        lambda children: boxes.extend(children) or make_box(children))
+    run = SimpleNamespace(model=Model(), sample=sample,
+                          record={"sampling": {"guidance": 2.0, "steps": 8}})
+    tools.play(run, 2, label="dog")
+    assert asked == [{"label": "dog", "seed": 0, "guidance": 2.0, "steps": 8}] and not updated
+    assert [slider.description for slider in boxes] == ["seed", "guidance", "steps"]
+    boxes[1].value = 3.0
+    assert asked[1]["guidance"] == 3.0 and asked[1]["label"] == "dog"
+    assert len(updated) == len(places) - 1  # every output but the sliders themselves

@@ -5,11 +5,13 @@
     loss_curve(run, chance=math.log(1024))        "is my loss normal?"
     show_images(images)  gallery(images, titles, columns)  animate(frames)
     listen(clips, titles)  spectrograms(clips, titles)
+    play(run)                                     sliders for the settings of its sampler
 
 NANOGEN_RUNS is the folder of the runs, ../runs unless set: on Colab, a folder on a mounted drive
 survives a disconnect. NANOGEN_SMOKE=1 is for tests/test_notebooks.py: few data, few samples.
 """
 
+import base64
 import html
 import inspect
 import io
@@ -18,6 +20,7 @@ import tempfile
 import textwrap
 from pathlib import Path
 
+import ipywidgets
 import numpy as np
 import PIL.Image
 import soundfile
@@ -26,6 +29,7 @@ from matplotlib.figure import Figure
 
 from nanogen.data.datasets import load
 from nanogen.lab import plots, recipes, report, runs
+from nanogen.lab.sample import sampler_settings
 from nanogen.method import find
 
 SMOKE = os.environ.get("NANOGEN_SMOKE") == "1"
@@ -103,14 +107,57 @@ def animate(frames, columns: int = 10, scale: int = 2, milliseconds: int = 150) 
 def listen(waveforms, titles: list[str], rate: int = 8000) -> None:
     """Players side by side, each with its title: waveforms (T,) in [-1, 1], clipped, 16-bit WAV.
     GitHub shows no players, so show spectrograms beside them."""
+    display(players_of(waveforms, titles, rate), raw=True)
+
+
+def players_of(waveforms, titles: list[str], rate: int = 8000) -> dict[str, str]:
+    """What `listen` displays, by media type."""
     players = []
     for waveform, title in zip(waveforms, titles, strict=True):
         file, clip = io.BytesIO(), np.asarray(waveform, dtype=np.float32).clip(-1, 1)
         soundfile.write(file, clip, rate, "PCM_16", format="WAV")
         uri = report.data_uri("audio/wav", file.getvalue())
         players.append(PLAYER.format(title=html.escape(title), uri=uri))
-    text = "to listen to: " + "; ".join(titles)
-    display({"text/html": "".join(players), "text/plain": text}, raw=True)
+    return {"text/html": "".join(players), "text/plain": "to listen to: " + "; ".join(titles)}
+
+
+def play(run: runs.Run, n: int = 4, **conditions) -> None:
+    """Draw n images, clips or sounds. In a kernel, sliders for the numbers among the settings of
+    the sampler stand below: each move draws again. Elsewhere, what was drawn first stays.
+    conditions: as for `run.sample`, such as label="horse"."""
+    kinds, look = sampler_settings(run.model), {"style": {"description_width": "initial"}}
+    sliders = {"seed": ipywidgets.IntSlider(0, 0, 20, **look)}
+    for name, value in run.record["sampling"].items():
+        if value and kinds.get(name) is int:
+            sliders[name] = ipywidgets.IntSlider(value, 1, 4 * value, **look)
+        elif value and kinds.get(name) is float:
+            sliders[name] = ipywidgets.FloatSlider(
+                value, min=0, max=3 * value, step=value / 10, **look)
+
+    def drawn() -> list[dict]:
+        chosen = {name: slider.value for name, slider in sliders.items()}
+        outputs, more = run.sample(n, **conditions | chosen), []
+        if run.model.output == "waveforms":
+            titles = [str(number + 1) for number in range(n)]
+            image, more = plots.spectrograms(outputs, titles, n), [players_of(outputs, titles)]
+        else:  # the frames of a clip in a row
+            columns = n if outputs.ndim == 4 else outputs.shape[1]
+            frames = outputs.reshape(-1, *outputs.shape[-3:])
+            image = plots.grid(frames, columns, max(1, 96 // frames.shape[1]))
+        return [{"image/png": base64.b64encode(plots.png(image)).decode()}, *more]
+
+    shown = [display(part, raw=True, display_id=True) for part in drawn()]
+
+    def moved(_) -> None:
+        for place, part in zip(shown, drawn(), strict=True):
+            place.update(part, raw=True)
+
+    for name, slider in sliders.items():
+        slider.description, slider.continuous_update = name.replace("_", " "), False
+        slider.observe(moved, "value")
+    box = ipywidgets.VBox(list(sliders.values()))._repr_mimebundle_()
+    text = f"Sliders for {', '.join(sliders)}: run this cell in a kernel."
+    display(box | {"text/plain": text}, raw=True)
 
 
 def spectrograms(waveforms, titles: list[str], columns: int = 10) -> None:
