@@ -47,7 +47,7 @@ MAP = [  # a chapter and its idea; a method, its unit, order, loss, passes, like
     ("meanflow", "whole image", "all at once", "average velocity", "1", "no", [NOISE, DISC]),
     ("F  Follow a prompt", "The same flow reads a text; a clip has one more axis, time."),
     ("text_image", "whole image", "all at once", "flow matching", "40", "no", [NOISE, DISC]),
-    ("video", "whole clip", "all at once", "flow matching", "40", "no",
+    ("video", "whole clip", "all at once", "flow matching", "20", "no",
      [NOISE, *(np.roll(DISC, shift, axis=1) for shift in (-3, 3))]),
 ]
 COLOURS = {"p": "Greys", "s": "Greys", "d": "Blues", "c": "Oranges", "w": "Greens"}  # by unit

@@ -1,4 +1,4 @@
-"""The contract of a method: what a file in image/ or audio/ provides, and all that the lab asks.
+"""The contract of a method (a file in image/ or audio/, omni.py, a judge): all that the lab asks.
 
     Config         a dataclass of settings, each with a comment; it refuses bad values by name
     Model          Model(config, base), a subclass of Method: it learns (loss) and draws (sample)

@@ -8,7 +8,7 @@ p(x | z). "A running dog" may stand on grass or in a city: several modes. What a
     diffusion    learns the noise in a noisy token, removes it step by step: all modes, any vector
     flow         learns the velocity from noise to the token, on straight lines: fewer steps
 
-Only the head iterates. It has 9.7% of the weights in MAR's recipe, so its steps are cheap. Time
+Only the head iterates. It has 13% of the weights in MAR's recipe, so its steps are cheap. Time
 runs from t=0 (noise) to t=1 (data): uniform in training, evenly spaced from 0 in sampling. Tokens
 should have mean 0 and std 1, like the noise.
 
