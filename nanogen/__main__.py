@@ -299,7 +299,7 @@ COMMANDS = {  # name -> function, what it does, its options: flag, help, how arg
             ("--language", "english, german or spanish", dict(required=True)),
             ("--seed", "of everything drawn (0)", dict(type=int, default=0)),
             ("--out", "the new sound (dubbed.wav)", dict(default="dubbed.wav"))),
-    "compare": (compare_command, "all methods that draw a class of images, at one budget: a table and a page",
+    "compare": (compare_command, "methods that draw a class of images, at one budget: a page",
                 ("--data", "cifar10, scenes or a folder of images", dict(default="cifar10")),
                 ("--minutes", "for each training (5)", dict(type=float, default=5.0)),
                 ("--n", "samples of each method (500)", dict(type=int, default=500)),

@@ -80,7 +80,7 @@ class Speech(Method):
     """A velocity field for latents (B, F, dim), given phonemes and a voice, on a frozen codec. NaN
     marks a frame to draw, so that one tensor `known` holds both values and mask."""
 
-    data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 60
+    data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 100
     conditions = {"prompts": "text", "languages": "class", "voices": "optional sound"}
     columns = ("frames", "durations", "begin", "language")
     encoding_fields = ("speed",)
@@ -159,7 +159,7 @@ class Speech(Method):
 
     @torch.no_grad()
     def sample(self, conditions: dict[str, Tensor], *, steps: int = 16, method: str = "euler",
-               guidance: float = 1.5, voice_guidance: float = 3.0, seconds: float = 0.0,
+               guidance: float = 1.5, voice_guidance: float = 5.0, seconds: float = 0.0,
                tempo: float = 1.0, seed: int = 0) -> dict:
         """Takes "prompts" (B, L), digits or their words; "languages" (B,); "voices" (B, T), clips,
         of which silence means any voice -> "waveforms" (B, T) and "lengths". seconds: the length of

@@ -5,7 +5,8 @@ note is measured by its autocorrelation. Real recordings are measured, too: they
 the measurement itself.
 
     words right        1 - edits / words: a word that is missing, wrong or too many is an edit
-    equal error rate   of telling "the voice of the prompt" from "the voice of another prompt"
+    equal error rate   of telling "the voice of the prompt" from "the voice of another prompt"; also
+                       with the prompts as the codec copies them (SIM-o and SIM-r in Voicebox)
     cents              a hundredth of a semitone: how far a note is from the one of the score
 """
 
@@ -89,7 +90,9 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     first, second, words = parts(test, rows)
     speakers, language = test["speakers"][rows], test["language"][rows, 1]
     names = np.array(run.names["languages"])
-    of_prompts = listen(listener, first)[1]
+    codec = run.model.codec
+    of_prompts, of_copies = (listen(listener, clips)[1]
+                             for clips in (first, codec_copies(codec, first)))
     whole, few = slice(None), slice(None, None, 2)  # few: where much is drawn
 
     def say(chosen: slice, **more) -> tuple[dict, dict]:
@@ -100,8 +103,9 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
 
     def judged(clips: list, chosen: slice) -> tuple[dict, list]:
         heard, vectors = listen(listener, clips)
-        error = voice_error(vectors, of_prompts[chosen], speakers[chosen])
-        return {"words_right": score_of(words[chosen], heard), "voice_error": error}, heard
+        errors = {name: voice_error(vectors, prompts[chosen], speakers[chosen]) for name, prompts in
+                  (("voice_error", of_prompts), ("voice_error_to_copies", of_copies))}
+        return {"words_right": score_of(words[chosen], heard)} | errors, heard
 
     drawn, result = say(whole)
     right, heard = judged(cut(drawn), whole)
@@ -111,7 +115,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
         if len(chosen):
             result[f"words_right_{name}"] = score_of([words[i] for i in chosen],
                                                      [heard[i] for i in chosen])
-    for suffix, clips in (("real", second), ("codec", codec_copies(run.model.codec, second))):
+    for suffix, clips in (("real", second), ("codec", codec_copies(codec, second))):
         result |= {f"{name}_{suffix}": value for name, value in judged(clips, whole)[0].items()}
     for stretch in STRETCHES:
         clips = cut(say(few, tempo=1 / stretch)[0])
