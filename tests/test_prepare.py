@@ -100,17 +100,21 @@ def test_every_recipe_fits_its_method(method, fruit):
 def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
     """Three steps on a CPU, on an untrained tokenizer, codec or judge of its recipe."""
     kind = find(method).Model.data
-    dataset = load("voices" if kind == "sounds" else "scenes", count=8)
+    made = {"sounds": "voices", "images": "scenes"}[kind] if method != "omni" else "numbers"
+    dataset = load(made, count=8)
 
     def build(method, settings, overrides):
         config, training = make_config(method, settings, overrides, facts(dataset))
         need = find(method).Model.requires(config)
-        recipe = need and required_recipe(need, name, kind, "gpu")
-        base = need and build(need.method, find_recipe(need.method, name, kind, recipe),
-                              need.config | {"size": config.size} if kind == "images" else {})[0]
-        return find(method).Model(config, base), training
+        if need:
+            there = find(need.method).Model.data
+            recipe = required_recipe(need, need.data or name, there, "gpu")
+            size = {"size": config.size} if there == "images" else {}
+            base = build(need.method, find_recipe(need.method, need.data or name, there, recipe),
+                         need.config | size)[0]
+        return find(method).Model(config, base if need else None), training
 
-    name = "fsdd" if kind == "sounds" else "cifar10"
+    name = {"sounds": "fsdd", "images": "cifar10"}[kind] if method != "omni" else "numbers"
     brief = {"batch_size": 2, "steps": 3, "compile": False}
     model, training = build(method, find_recipe(method, name, kind, "gpu"), brief)
     log = train(model, prepare(model, dataset, flip=False), training, quiet=True)
