@@ -24,8 +24,10 @@ SMALL = {  # fields of Configs
     "meanflow": dict(widths=(16, 32), width=32),
     "codec": dict(widths=(4, 4, 4), crop=1024),
     "audio_lm": dict(width=32, depth=1, heads=2),
+    "wave_ar": dict(width=16, layers=2, sample_width=16, crop=1024),
 }
 SAMPLING = {
+    "wave_ar": dict(seconds=0.1),
     "token_ar": dict(guidance=2.0),
     "maskgit": dict(steps=2, guidance=2.0),
     "var": dict(guidance=2.0),
@@ -116,8 +118,21 @@ def test_what_is_no_comparison_is_refused(compared):
         tour.compare(data, 3, folder, n=10)
     with pytest.raises(UserError, match="at least 10 samples"):
         tour.compare(data, 3, folder, n=5)
-    with pytest.raises(UserError, match="compare needs images"):
-        tour.compare(load("voices", count=20), 3, folder)
+    for name in ("songs", "clips"):
+        with pytest.raises(UserError, match="compare needs images, or sounds of one class"):
+            tour.compare(load(name, count=20), 3, folder)
+
+
+def test_sounds_of_a_class_are_compared_in_the_same_way(small_recipes, tmp_path):
+    rows = tour.compare(load("voices", count=50), 0.002, tmp_path, n=10)
+    names = ["wave_ar", *(f"audio_lm, {order}" for order in ("delay", "flat", "parallel",
+                                                            "latents"))]
+    assert [row["method"] for row in rows] == names
+    for row in rows:
+        assert row["s/s of sound"] > 0 and row["FD-nano"] >= 0
+        assert 0 <= row["class accuracy"] <= 1 and 0 <= row["speakers right"] <= 1
+        assert ("base's minutes" in row) == (row["method"] != "wave_ar")
+    assert len(list(tmp_path.glob("codec-*"))) == 1  # shared
 
 
 def test_the_command_names_its_folder_after_the_data(monkeypatch):

@@ -6,8 +6,8 @@
 
 The tour trains fourteen methods for half a minute to two minutes each, by the recipes named "tour":
 small networks on small images, clips and voices, all made by code. It shows each idea at work.
-The comparison gives every way to make an image the same data and the same minutes. Both go on where
-they were stopped.
+The comparison gives every way to make an image (or a sound) of a class the same data and the same
+minutes. Both go on where they were stopped.
 """
 
 import itertools
@@ -41,19 +41,21 @@ STORY = {  # what the tour trains, in this order, and what it says of each
     "speech": "Digits in three languages, in the voice of a clip: what follows it is filled in.",
     "song": "Words and a melody are composed as symbols, then sung to strings.",
 }
-VARIANTS = {"mar": [{"head": "mse"}, {"head": "diffusion"}, {"head": "flow"}]}  # all are compared
+VARIANTS = {"mar": [{"head": head} for head in ("mse", "diffusion", "flow")],  # all are compared
+            "audio_lm": [{"pattern": name} for name in ("delay", "flat", "parallel", "latents")]}
 COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
     "parameters": "parameters", "minutes": "minutes", "tokenizer_minutes": "base's minutes",
     "seconds_per_image": "s/image", "seconds_per_second_of_sound": "s/s of sound",
     "psnr": "PSNR", "stoi": "STOI", "fd_nano": "FD-nano", "fd_nano_floor": "floor",
-    "class_accuracy": "class accuracy", "precision": "precision", "recall": "recall",
+    "class_accuracy": "class accuracy", "speaker_accuracy": "speakers right",
+    "precision": "precision", "recall": "recall",
     "looks / background": "background right", "looks / color": "color right",
     "background": "background right", "subject": "subject recognised",
     "words_right": "words right", "cents": "cents off",
 }
 NOTE = """After longer trainings, the order of the methods may be another one. Tokenizers are
 trained for the same minutes once more and shared; a base's minutes include the network of the
-perceptual loss. pixel_ar draws fewer pixels."""
+perceptual loss. pixel_ar draws fewer pixels. The base of audio_lm is a codec."""
 
 
 def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
@@ -96,16 +98,17 @@ def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
 
 
 def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500) -> list[dict]:
-    """Train every method that draws images for `minutes`, judge n samples of each, write index.html
-    and table.md to `out`, and return the rows of the table.
+    """Train every method that draws images (or sounds) of a class for `minutes`, judge n samples of
+    each, write index.html and table.md to `out`, and return the rows of the table.
     What is trained already is not trained again. UserError if `out` has runs of other minutes."""
     if n < 10 or not 0 < minutes < float("inf"):
         raise UserError(f"compare needs at least 10 samples and some minutes, got {n} and "
                         f"{minutes:g}.")
     dataset, out = data if isinstance(data, Dataset) else load(data), Path(out)
-    if dataset.kind != "images":
-        raise UserError(f"{dataset.name} holds {dataset.kind}, but compare needs images.")
-    names = compared()
+    if dataset.kind == "videos" or "words" in dataset.train or dataset.origin == "all":
+        raise UserError(f"compare needs images, or sounds of one class each: {dataset.name} holds "
+                        f"other {dataset.kind}.")
+    names = compared(dataset.main)
     title = f"{len(names)} methods on {dataset.name}, {minutes:g} minutes each"
     print(f"{title}, on {machine.describe()} -> {out}")
     rows, runs = [], []
@@ -130,13 +133,14 @@ def row_of(name: str, run: Run, metrics: dict) -> dict:
                                if metric in metrics}
 
 
-def compared() -> dict[str, tuple[str, dict]]:
-    """Every method that draws images for labels: name -> (method, fields of its Config)."""
+def compared(output: str) -> dict[str, tuple[str, dict]]:
+    """Every method that draws "images", or "waveforms", for labels, and for speakers if it knows
+    them: name -> (method, fields of its Config)."""
     models = {method: find(method).Model for method in METHODS}
     return {", ".join([method, *fields.values()]): (method, fields)
             for method, model in models.items() for fields in VARIANTS.get(method, [{}])
-            if model.kind == "generator" and model.output == "images"
-            and list(model.conditions) == ["labels"]}
+            if model.kind == "generator" and model.output == output
+            and "labels" in model.conditions and model.conditions.keys() <= {"labels", "speakers"}}
 
 
 IMAGE_METRICS = {"fd_nano": "FD-nano", "class_accuracy": "class accuracy", "psnr": "PSNR",
@@ -201,6 +205,19 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
         if here or set(found.values()) != {"-"}:
             rows.append(row | found | {"judge": recipe["expected"].get("judge", "-")[:4]})
     return rows
+
+
+def loss_table() -> str:
+    """The loss to expect after so many percent of a default recipe, and that of a network that has
+    learned nothing ("chance")."""
+    rows = []
+    for method, (data, known) in ((m, pair) for m in METHODS for pair in recipes(m).items()):
+        expected = known.get("default", {}).get("expected", {})
+        if curve := dict(expected.get("curve", [])):
+            losses = {f"{percent}%": f"{curve[percent]:.3g}" for percent in (1, 10, 50, 100)}
+            rows.append({"method": method, "data": data,
+                         "chance": show(expected.get("chance", "-"))} | losses)
+    return table(rows)
 
 
 def table_of(method: str, data: str) -> str:
