@@ -66,6 +66,7 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
         expert, listener = trained("reader", "things"), trained("listener", "recordings")
         result = omni_metrics.evaluate_numbers(run, dataset, expert.model, listener.model, n, seed,
                                                settings)
+        result["listener"] = files.content_hash(listener.folder / "model.safetensors")
     elif "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
         expert = trained("reader", "things")
         result = prompt_metrics.evaluate_prompts(run, dataset, expert.model, n, seed, settings)
