@@ -241,16 +241,19 @@ class Omni(Method):
                seed: int = 0) -> dict:
         """Takes "prompts" (B, L), captions; "sources" (B, 3, 32, 32), images in [-1, 1]; "voices"
         (B, T), sounds of which 0.8 s are heard, after the silence at the start. An empty text, a
-        black image and silence are not given; all rows should have the same parts. ask: image,
-        sound or text -> {"images"} (B, 3, 32, 32), {"waveforms"} (B, 6400) and {"lengths"}, or
+        black image and silence are not given; all rows have the same parts. ask: image, sound or
+        text -> {"images"} (B, 3, 32, 32), {"waveforms"} (B, 6400) and {"lengths"}, or
         {"thoughts"}, B captions. steps: passes, at most one for each token; a text has 14 in any
         case. head_steps: of the flow head. temperature: of words and heads; below 1 less variety,
-        and less noise. ValueError for a part that was not learned, or is given and asked for."""
+        and less noise. ValueError for a part that was not learned, is given and asked for, or is
+        given to some rows only."""
         if ask not in (learned := self.config.parts.split("+")):
             raise ValueError(f"ask must be one of {', '.join(learned)}, got {ask!r}")
         target, parts = PARTS.index(ask), self.read(conditions)
         given = {part: tokens for part, tokens in enumerate(parts) if not is_hidden(tokens).all()}
-        for part in given:
+        for part, tokens in given.items():
+            if is_hidden(tokens).all(1).any():
+                raise ValueError(f"{PARTS[part]} must be given to all samples of a batch, or none")
             if part == target or PARTS[part] not in learned:
                 raise ValueError(f"{PARTS[part]} cannot be given: " + (
                     "it is asked for" if part == target else "the network did not learn it"))

@@ -177,6 +177,13 @@ def test_a_part_that_was_not_learned_is_refused():
     assert ask(model, "sound", "a sign that says 7")["waveforms"].any()
 
 
+def test_a_part_is_given_to_all_samples_of_a_batch_or_to_none():
+    mixed = {"prompts": encode_text(["a sign that says 7", ""]),
+             "sources": torch.full((2, 3, 32, 32), -1.0), "voices": torch.zeros(2, 1)}
+    with pytest.raises(ValueError, match="text must be given to all samples of a batch, or none"):
+        tiny_omni().sample(mixed, ask="image", steps=2)
+
+
 def test_guidance_of_one_is_the_model_without_guidance():
     model = tiny_omni()
     plain = ask(model, "image", "a sign that says 7", guidance=1.0)["images"]
