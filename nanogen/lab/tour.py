@@ -169,11 +169,11 @@ TABLES = {"images": IMAGE_METRICS, "sounds": SOUND_METRICS, "prompts": PROMPT_ME
 
 
 def list_methods() -> str:
-    """Methods, data sets, recipes, what each requires, and the metrics that each recipe gave."""
+    """Methods, data sets, recipes, what each requires, and the metrics and losses that it gave."""
     lines = [f"{name:10} {find(name).__doc__.splitlines()[0]}" for name in METHODS]
     data = (f"Data: {', '.join(KINDS)}, or a folder with images or sounds, one sub-folder for each "
             "class.")
-    return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True)])
+    return "\n\n".join(["\n".join(lines), data, *recipe_tables(here=True), loss_table()])
 
 
 def recipe_tables(here: bool = False) -> list[str]:
