@@ -73,11 +73,14 @@ def method_run(method: str, data: str | None = None, **overrides) -> runs.Run:
 def show_images(images, columns: int = 10, scale: int = 2, colors: int = 256) -> None:
     """Show images uint8 (N, H, W, 3) as a grid, each pixel enlarged `scale` times; or a figure.
     A palette of few colors makes them small enough for GitHub to show the notebook."""
-    if isinstance(images, np.ndarray):
-        images = plots.grid(images, columns, scale)
-    else:
-        images = PIL.Image.open(io.BytesIO(plots.png(images))).convert("RGB")
-    display(Image(plots.png(images.quantize(colors, kmeans=1, dither=0))))
+    images = plots.grid(images, columns, scale) if isinstance(images, np.ndarray) else images
+    display(Image(small_png(images, colors)))
+
+
+def small_png(image, colors: int) -> bytes:
+    """An image or a figure as PNG, with a palette of few colors."""
+    image = PIL.Image.open(io.BytesIO(plots.png(image))).convert("RGB")
+    return plots.png(image.quantize(colors, kmeans=1, dither=0))
 
 
 def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: float = 1.25) -> None:
@@ -144,7 +147,7 @@ def play(run: runs.Run, n: int = 4, **conditions) -> None:
             columns = n if outputs.ndim == 4 else outputs.shape[1]
             frames = outputs.reshape(-1, *outputs.shape[-3:])
             image = plots.grid(frames, columns, max(1, 96 // frames.shape[1]))
-        return [{"image/png": base64.b64encode(plots.png(image)).decode()}, *more]
+        return [{"image/png": base64.b64encode(small_png(image, 64)).decode()}, *more]
 
     shown = [display(part, raw=True, display_id=True) for part in drawn()]
 
