@@ -20,7 +20,7 @@ median note is 7 cents off (recordings: 8), 98% of the notes are within 50 cents
 words are heard right (93%; once the codec has copied them, 89%); 99.9% of the composed notes are in
 the key. The strings are soft, so the times lean towards t=1: 0.57 of their energy is on the chord
 (copies of the codec 0.76, noise 0.25). All songs have about one voice, and the chain learns scores
-by heart: from step 700 on, its loss on other scores rises, and 4 to 11% of the melodies are copies.
+by heart: from step 900 on, the loss on other songs rises, and 4 to 11% of the melodies are copies.
 
 Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
 "Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
