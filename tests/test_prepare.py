@@ -100,7 +100,9 @@ def test_every_recipe_fits_its_method(method, fruit):
 def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
     """Three steps on a CPU, on an untrained tokenizer, codec or judge of its recipe."""
     kind = find(method).Model.data
-    made = {"sounds": "voices", "images": "scenes"}[kind] if method != "omni" else "numbers"
+    made, name = {"sounds": ("voices", "fsdd"), "images": ("scenes", "cifar10")}[kind]
+    if method == "omni":
+        made = name = "numbers"
     dataset = load(made, count=8)
 
     def build(method, settings, overrides):
@@ -114,7 +116,6 @@ def test_the_networks_of_recipes_for_a_gpu_fit_and_learn(method):
                          need.config | size)[0]
         return find(method).Model(config, base if need else None), training
 
-    name = {"sounds": "fsdd", "images": "cifar10"}[kind] if method != "omni" else "numbers"
     brief = {"batch_size": 2, "steps": 3, "compile": False}
     model, training = build(method, find_recipe(method, name, kind, "gpu"), brief)
     log = train(model, prepare(model, dataset, flip=False), training, quiet=True)

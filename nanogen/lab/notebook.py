@@ -79,7 +79,8 @@ def show_images(images, columns: int = 10, scale: int = 2, colors: int = 256) ->
 
 def small_png(image, colors: int) -> bytes:
     """An image or a figure as PNG, with a palette of few colors."""
-    image = PIL.Image.open(io.BytesIO(plots.png(image))).convert("RGB")
+    if isinstance(image, Figure):
+        image = PIL.Image.open(io.BytesIO(plots.png(image))).convert("RGB")
     return plots.png(image.quantize(colors, kmeans=1, dither=0))
 
 
