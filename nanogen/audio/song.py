@@ -121,7 +121,7 @@ class Song(Method):
     data, output, encodes, samples_to_judge = "sounds", "waveforms", True, 60
     conditions = {"prompts": "text", "lyrics": "optional text", "tunes": "optional text"}
     columns = ("symbols", "frames")
-    times = staticmethod(partial(fm.logit_normal_times, mean=0.5, std=1.3))
+    times = staticmethod(partial(fm.logit_normal_times, mean=0.5, std=1.3))  # strings are soft
 
     def __init__(self, config: Config, base: nn.Module):
         super().__init__()
