@@ -65,7 +65,6 @@ def writable(folder: Path) -> bool:
 
 def write_atomically(path: Path, write: Callable[[Path], object]) -> None:
     """write(temporary path), then rename: a crash leaves the old file or the new one."""
-    path = Path(path)
     partial = make_folder(path.parent) / f".{path.stem}.{os.getpid()}.partial{path.suffix}"
     try:
         with explained(f"Cannot write {path} ({{reason}}): is the disk full? An old one is kept."):

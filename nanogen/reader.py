@@ -79,7 +79,7 @@ class Reader(Method):
         losses = [10 * F.binary_cross_entropy_with_logits(presence[:, 0], here)]  # 1 of 30 cells
         rows = torch.arange(len(things), device=images.device)[:, None, None].expand_as(nearest)
         mine = things[rows, nearest][near]  # (M, 5): the thing near each of M cells
-        for logits, column in zip(classes, (0, 1), strict=True):
+        for column, logits in enumerate(classes):
             logits = logits.permute(0, 2, 3, 1)[near]
             losses.append(F.cross_entropy(logits, mine[:, column].long()))
         wanted = gap.take_along_dim(nearest[:, None, None], 1)[:, 0] / CELL  # (B, 2, 8, 8)

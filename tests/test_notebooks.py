@@ -48,7 +48,8 @@ def small_recipes(method):
 
 
 def small_train_run(method, data, overrides, folder, *recipe, **named):
-    overrides = {name: value for name, value in overrides.items() if name != "minutes"}
+    overrides = {name: value for name, value in overrides.items()
+                 if name not in ("minutes", "steps", "batch_size")}
     if method == "flow":  # which of its two networks is meant stands in the overrides alone
         dit = overrides.get("network") == "dit"
         overrides |= {"depth": 2} if dit else {"widths": (32, 32, 32)}

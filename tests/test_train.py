@@ -17,6 +17,7 @@ from nanogen import UserError
 from nanogen.lab import machine
 from nanogen.lab.optimizer import Muon, make_optimizers, orthogonalize
 from nanogen.lab.train import Training, check_batch, draw_batch, train, update_ema
+from nanogen.method import Method
 
 # ---- the optimizer
 
@@ -162,7 +163,7 @@ def test_constant_weights_stay_and_buffers_are_copied():
 # ---- the loop
 
 
-class Counter(nn.Module):
+class Counter(Method):
     """One weight, whose loss is a function of the step; its gradient is always 1."""
 
     def __init__(self, loss=lambda step: 1.0):

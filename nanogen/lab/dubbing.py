@@ -18,7 +18,6 @@ from nanogen.lab.sample import cut, sample
 from nanogen.listener import Listener
 
 
-@torch.no_grad()
 def listen(listener: Listener, clips: list[np.ndarray]) -> tuple[list[list[int]], Tensor]:
     """`Listener.listen` of clips (T,) in batches: the words of each, and the voices (N, V)."""
     words, vectors = [], []
@@ -41,9 +40,9 @@ def dub(run: Run, listener: Listener, clips: list[np.ndarray], language: str, se
             continue
         digits = "".join(str(word % 10) for word in words)
         heard = LANGUAGES[np.bincount([word // 10 for word in words]).argmax()]
-        asked, (start, end) = {"prompts": [digits], "languages": [language]}, sounding(clip)
-        asked["voices"], seconds = [clip[start:end]], (end - start) / SAMPLE_RATE
-        said = cut(sample(run, 1, asked, seed, seconds=seconds, **settings))[0]
+        start, end = sounding(clip)
+        asked = {"prompts": [digits], "languages": [language], "voices": [clip[start:end]]}
+        said = cut(sample(run, 1, asked, seed, seconds=(end - start) / SAMPLE_RATE, **settings))[0]
         whole = np.pad(said, (start, max(0, len(clip) - start - len(said))))[: len(clip)]
         dubbed.append((whole, digits, heard))
     return dubbed

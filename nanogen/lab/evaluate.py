@@ -20,18 +20,11 @@ from nanogen.audio.wave_ar import entropy_baselines, mu_law_encode
 from nanogen.blocks.quantize import usage
 from nanogen.data.datasets import Dataset
 from nanogen.judge import Judge
-from nanogen.lab import (
-    machine,
-    metrics,
-    omni_metrics,
-    prompt_metrics,
-    sound_metrics,
-    speech_metrics,
-)
+from nanogen.lab import machine, metrics, prompt_metrics, runs, sound_metrics, speech_metrics
+from nanogen.lab.omni_metrics import evaluate_numbers
 from nanogen.lab.plots import grid, to_uint8
 from nanogen.lab.prepare import columns, every, pad, test_columns, to_tensor
-from nanogen.lab.runs import Run, judge
-from nanogen.lab.runs import expert as expert_run
+from nanogen.lab.runs import Run
 from nanogen.lab.sample import cut, sample, timed_sample, write_samples, write_sounds
 from nanogen.listener import Listener
 
@@ -45,7 +38,6 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     n = model.samples_to_judge if n is None else n
     if n < 1:
         raise UserError(f"The number of samples must be at least 1, got {n}.")
-    settings = {name: value for name, value in settings.items() if value is not None}
     if settings and model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample, and no use for "
                         f"{' and '.join(settings)}.")
@@ -58,14 +50,13 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     beside = Path(os.path.normpath(run.folder / ".."))
 
     def trained(method: str, data: str) -> Run:
-        return expert_run(method, data, beside, dataset.count, quiet)
+        return runs.expert(method, data, beside, dataset.count, quiet)
 
     if model.kind == "judge":
         expert, result = run, evaluate_judge(run, dataset)
     elif "clips" in dataset.test:
         expert, listener = trained("reader", "things"), trained("listener", "recordings")
-        result = omni_metrics.evaluate_numbers(run, dataset, expert.model, listener.model, n, seed,
-                                               settings)
+        result = evaluate_numbers(run, dataset, expert.model, listener.model, n, seed, settings)
         result["listener"] = files.content_hash(listener.folder / "model.safetensors")
     elif "prompts" in model.conditions and (dataset.kind == "images" or "velocity" in dataset.test):
         expert = trained("reader", "things")
@@ -77,19 +68,18 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
         result = measure(run, dataset, expert.model, n, seed, settings)
     elif model.kind == "generator":
         judged = dataset.kind != "videos" and model.output == dataset.main
-        expert = judge(dataset, beside, quiet) if judged else None
+        expert = runs.judge(dataset, beside, quiet) if judged else None
         result = evaluate_generator(run, dataset, expert and expert.model, n, seed, settings)
     else:
         expert = (trained("listener", dataset.name) if "words" in dataset.test
-                  else judge(dataset, beside, quiet))
+                  else runs.judge(dataset, beside, quiet))
         measure = evaluate_codec if dataset.kind == "sounds" else evaluate_tokenizer
         result = measure(run, dataset, expert.model, n)
     if model.kind == "generator":
         result |= run.record["sampling"] | settings
-    facts = {"parameters": "parameters", "minutes": "minutes", "training_steps": "steps",
-             "gflops": "gflops"}  # name here -> in the record
-    result = rounded(result) | {name: run.record.get(there) for name, there in facts.items()}
-    result |= {"machine": machine.describe(), "seed": seed}
+    result = rounded(result) | {name: run.record[name] for name in ("parameters", "minutes")}
+    result |= {"training_steps": run.record["steps"], "gflops": run.record.get("gflops"),
+               "machine": machine.describe(), "seed": seed}
     if dataset.name != run.record["data"]["name"]:
         result["measured_on"] = dataset.name
     if expert:

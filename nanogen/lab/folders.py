@@ -9,7 +9,6 @@ A run that is built on another one keeps a copy of it in base/, so that its fold
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import shutil
 from pathlib import Path
@@ -39,8 +38,6 @@ def read_record(folder: Path) -> dict:
 def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
     """The record of the run in this folder, if it may go on like this; None: the folder is free.
     A finished run stays what it is: its learning rate has fallen to 0."""
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file: choose another --out.")
     if not (folder / RECORD).exists():
         return None
     if not resume:
@@ -85,13 +82,13 @@ def base_folder(folder: Path, dataset: Dataset, need: Requirement) -> Path:
 def place_of(prefix: str, dataset: Dataset, *parents: Path) -> Path:
     """The run PREFIX-DATA of exactly this data in one of these folders; the data may have had
     another name. Else the place for it in the first folder."""
-    records = [parent.glob(f"{prefix}-*/{RECORD}") for parent in parents]
-    for path in itertools.chain(*map(sorted, records)):
-        with contextlib.suppress(UserError):  # damaged
-            record = read_record(path.parent)
-            usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")  # no variant
-            if usual and record["data"]["fingerprint"] == dataset.fingerprint:
-                return path.parent
+    for parent in parents:
+        for path in sorted(parent.glob(f"{prefix}-*/{RECORD}")):
+            with contextlib.suppress(UserError):  # damaged
+                record = read_record(path.parent)
+                usual = record["name"].startswith(f"{prefix}-{record['data']['name']}")
+                if usual and record["data"]["fingerprint"] == dataset.fingerprint:  # no variant
+                    return path.parent
     return parents[0] / f"{prefix}-{dataset.name}"
 
 

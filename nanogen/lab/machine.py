@@ -117,11 +117,10 @@ def average_gradients(model: nn.Module, world: int) -> None:
 
 def describe(precision_of_run: str = "") -> str:
     """The hardware beside every result: "x86_64 CPU, 2 threads, bfloat16, torch 2.13.0"."""
+    name = f"{platform.machine()} {device().type.upper()}"
     if device().type == "cuda":
         name = torch.cuda.get_device_name(device())
     elif device().type == "cpu":
-        name = f"{platform.machine()} CPU, {torch.get_num_threads()} threads"
-    else:
-        name = f"{platform.machine()} {device().type.upper()}"
+        name += f", {torch.get_num_threads()} threads"
     dtype = str(precision(precision_of_run)).removeprefix("torch.")
     return f"{name}, {dtype}, torch {torch.__version__}"

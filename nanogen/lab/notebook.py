@@ -56,7 +56,7 @@ def method_run(method: str, data: str | None = None, **overrides) -> runs.Run:
     parts = [method]
     for name, value in overrides.items():
         text = "x".join(map(str, value)) if isinstance(value, tuple) else str(value)
-        named = {"minutes": f"{text}min"}.get(name, name + text)
+        named = f"{text}min" if name == "minutes" else name + text
         parts.append(text if isinstance(value, str) else named)
     folder = RUNS / "-".join([*parts, data])
     if (folder / runs.WEIGHTS).exists():
@@ -108,18 +108,18 @@ def animate(frames, columns: int = 10, scale: int = 2, milliseconds: int = 150) 
         display(Image(path.read_bytes()))
 
 
-def listen(waveforms, titles: list[str], rate: int = 8000) -> None:
-    """Players side by side, each with its title: waveforms (T,) in [-1, 1], clipped, 16-bit WAV.
+def listen(waveforms, titles: list[str]) -> None:
+    """Players side by side, each with its title: waveforms (T,) at 8 kHz in [-1, 1], clipped.
     GitHub shows no players, so show spectrograms beside them."""
-    display(players_of(waveforms, titles, rate), raw=True)
+    display(players_of(waveforms, titles), raw=True)
 
 
-def players_of(waveforms, titles: list[str], rate: int = 8000) -> dict[str, str]:
+def players_of(waveforms, titles: list[str]) -> dict[str, str]:
     """What `listen` displays, by media type."""
     players = []
     for waveform, title in zip(waveforms, titles, strict=True):
         file, clip = io.BytesIO(), np.asarray(waveform, dtype=np.float32).clip(-1, 1)
-        soundfile.write(file, clip, rate, "PCM_16", format="WAV")
+        soundfile.write(file, clip, 8000, "PCM_16", format="WAV")
         uri = report.data_uri("audio/wav", file.getvalue())
         players.append(PLAYER.format(title=html.escape(title), uri=uri))
     return {"text/html": "".join(players), "text/plain": "to listen to: " + "; ".join(titles)}

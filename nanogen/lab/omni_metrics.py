@@ -62,7 +62,7 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
     clips = [np.trim_zeros(clip, "b").astype(np.float32) / 32768 for clip in test["clips"]]
     wanted, language = np.array(test["labels"]), np.array(test["language"])
     separate, learned = run.model.config.separate, run.model.config.parts.split("+")
-    apart = np.array([name == separate for name in np.array(LANGUAGES)[language]])
+    apart = np.array(LANGUAGES)[language] == separate
     truth = {"text": test["prompts"], "image": test["images"], "sound": clips}
     result = {"samples": len(rows),
               "image_real": np.mean(seen(reader, np.stack(test["images"])) == wanted)}
@@ -78,7 +78,7 @@ def evaluate_numbers(run: Run, dataset: Dataset, reader: Reader, listener: Liste
             return drawn, np.array([numbers.number_in(text) for text in drawn["thoughts"]])
         return drawn, np.array(heard(listener, cut(drawn)))
 
-    def note(name: str, right: np.ndarray, crossed: bool = False) -> None:
+    def note(name: str, right: np.ndarray, crossed: bool) -> None:
         crossed = apart & crossed  # a sound of this language to an image
         for title, chosen in ((name, ~crossed), (f"{name}, {separate}", crossed)):
             if chosen.any():

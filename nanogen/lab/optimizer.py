@@ -18,13 +18,13 @@ import torch
 from torch import Tensor, nn
 
 
-def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """(..., rows, columns) -> about U V^T of each matrix: its singular values become 0.7 to 1.2."""
     a, b, c = 3.4445, -4.7750, 2.0315  # steepest slope at 0; does not converge to exactly 1
     x = matrices / (torch.linalg.matrix_norm(matrices, keepdim=True) + 1e-7)
     transposed = x.shape[-2] > x.shape[-1]
     x = x.mT if transposed else x  # the smaller side squared is cheaper
-    for _ in range(steps):
+    for _ in range(5):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
     return x.mT if transposed else x
@@ -73,7 +73,6 @@ def make_optimizers(model: nn.Module, kind: str, lr: float, weight_decay: float,
         (matrices if by_muon else rest).append(p)
     decayed, free = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
-    groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype))

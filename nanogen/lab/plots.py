@@ -24,10 +24,9 @@ def to_uint8(images: Tensor) -> np.ndarray:
     return levels.to(torch.uint8).movedim(-3, -1).cpu().numpy()
 
 
-def to_float(images: np.ndarray | Tensor) -> Tensor:
+def to_float(images: np.ndarray) -> Tensor:
     """uint8 (..., H, W, 3) -> float (..., 3, H, W) in [-1, 1]; `to_uint8` brings them back."""
-    images = torch.tensor(images) if isinstance(images, np.ndarray) else images  # copied
-    return images.movedim(-1, -3).float() / 127.5 - 1
+    return torch.tensor(images).movedim(-1, -3).float() / 127.5 - 1
 
 
 def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Image.Image:
@@ -42,9 +41,9 @@ def grid(images: np.ndarray, columns: int, scale: int = 2, pad: int = 2) -> Imag
 
 
 def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
-             milliseconds: int = 120, last: int = 2000) -> Path:
+             milliseconds: int = 120) -> Path:
     """An endless animation of grids. frames: a uint8 (N, H, W, 3) for each moment, shown for
-    `milliseconds`, the last one for `last`.
+    `milliseconds`, the last one for two seconds.
     One palette for all frames, from two late ones, keeps what does not change from flickering.
     There is no dithering, because it would add new noise to every frame."""
     late = np.concatenate([grid(frames[i], columns, scale=1) for i in (-1, len(frames) * 3 // 4)])
@@ -52,8 +51,8 @@ def save_gif(frames: list[np.ndarray], path: Path, columns: int, scale: int = 2,
     sheets = [grid(frame, columns, scale).quantize(palette=palette, dither=Image.Dither.NONE)
               for frame in frames]
     sheets[0].save(path, save_all=True, append_images=sheets[1:], loop=0, optimize=False,
-                   duration=[milliseconds] * (len(sheets) - 1) + [last])
-    return Path(path)
+                   duration=[milliseconds] * (len(sheets) - 1) + [2000])
+    return path
 
 
 def loss_plot(log: list[dict], chance: float | None = None, title: str = "") -> Figure:
@@ -65,7 +64,7 @@ def loss_plot(log: list[dict], chance: float | None = None, title: str = "") -> 
     for name, label, style in (("loss", "training", dict(color="#2563a8")),
                                ("held_out_loss", "held out", dict(color="#c2571a", ls="--"))):
         shown = [line for line in log if math.isfinite(line.get(name, math.nan))]
-        if shown or name == "loss":
+        if shown:
             axes.plot([line["step"] for line in shown], [line[name] for line in shown],
                       label=label, **style)
     if chance is not None:

@@ -133,7 +133,7 @@ def check_size(config, dataset: Dataset) -> None:
 def remarks(model: Method, dataset: Dataset, flip: bool) -> list[str]:
     """What a training changes of the data, in sentences."""
     said, total = [], len(dataset)
-    seconds = None if model.concatenated else getattr(model.config, "seconds", None)
+    seconds = getattr(model.config, "seconds", None)
     if dataset.kind == "sounds" and seconds:
         limit = int(seconds * dataset.sample_rate)
         if longer := sum(len(clip) > limit for clip in dataset.train["waveforms"]):

@@ -7,7 +7,6 @@ the prompt, which came with it. Test images go the same way, to show what the re
 from collections import Counter
 
 import numpy as np
-import torch
 
 from nanogen.data.datasets import Dataset
 from nanogen.data.drawing import BACKGROUNDS, COLORS, KINDS, SUBJECT
@@ -47,7 +46,7 @@ def evaluate_clips(run: Run, videos: np.ndarray, test: dict, reader: Reader, see
                    settings: dict) -> dict:
     """Metrics of clips from texts, of test clips, and of clips that go on from two test frames."""
     first, goes_on = test["videos"][:, :2], []
-    settings = {"length": videos.shape[1]} | run.record["sampling"] | settings
+    settings = run.record["sampling"] | settings
     for i in range(0, len(first), 100):
         known = to_float(first[i : i + 100]).to(machine.device())
         prompts = encode_text(list(test["prompts"][i : i + 100])).to(known.device)
@@ -69,18 +68,16 @@ def compare_with_base(run: Run, reader: Reader, n: int, seed: int, settings: dic
     for name, which in (("others", run), ("others_by_base", base)):
         drawn = sample(which, len(rows), {"prompts": list(test["prompts"])}, seed, batch_size=100,
                        **settings)
-        right = obeyed(drawn["images"], test, reader)
-        result[name] = right["things"].mean().item()
+        result[name] = obeyed(drawn["images"], test, reader)["things"].mean().item()
     return result
 
 
 def read(reader: Reader, images: np.ndarray) -> tuple[list, list]:
     """`Reader.read` of images uint8 (N, 32, 32, 3), in batches."""
     things, backgrounds = [], []
-    with machine.autocast(torch.float32):
-        for i in range(0, len(images), 500):
-            found = reader.read(to_float(images[i : i + 500]).to(machine.device()))
-            things, backgrounds = things + found[0], backgrounds + found[1]
+    for i in range(0, len(images), 500):
+        found = reader.read(to_float(images[i : i + 500]).to(machine.device()))
+        things, backgrounds = things + found[0], backgrounds + found[1]
     return things, backgrounds
 
 

@@ -50,8 +50,7 @@ def minutes_here(recipe: dict) -> float | None:
 
 def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> str:
     """The name of the recipe of a required run. By the recipe "tour", a tokenizer takes "tour", and
-    a perceptual network "tour perceptual"; where that does not exist, the one that the requirement
-    names."""
+    a perceptual network "tour perceptual"; where that does not exist, the requirement's own."""
     name = f"{recipe} {need.recipe}".removesuffix(" default")
     try:
         find_recipe(need.method, data, kind, name)
@@ -101,8 +100,7 @@ def typed(kind: type, values: dict, owner: str):
             number = isinstance(value, int) and not isinstance(value, bool)
             good = isinstance(value, wanted) or (wanted is float and number)
         if not good:
-            kind_name = getattr(wanted, "__name__", wanted)
-            raise UserError(f"{owner}: {name} must be {kind_name}, got {value!r}.")
+            raise UserError(f"{owner}: {name} must be {wanted.__name__}, got {value!r}.")
     with explained(f"{owner} cannot be built like this: {{reason}}.", ValueError):
         return kind(**values)
 

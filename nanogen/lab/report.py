@@ -27,18 +27,17 @@ def write(runs: list[Path], out: Path, title: str = "nanogen report", intro: str
     """Write one page about these run folders to the file `out`, and return its path.
     intro: plain text below what was drawn, with an empty line between paragraphs. tables: heading
     -> rows (dicts column -> value), shown after the table over all runs. stories: name of a run's
-    folder -> a sentence beside what it drew. UserError for a folder that is not a run, for a
-    damaged file in it, and where `out` cannot be written."""
+    folder -> a sentence beside what it drew. UserError for what cannot be read or written."""
     jinja = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True,
                         undefined=ChainableUndefined, trim_blocks=True, lstrip_blocks=True)
     jinja.filters |= {"value": value_text, "flat": flat, "groups": groups}
-    found = [read_run(Path(folder)) for folder in runs]
+    found = [read_run(folder) for folder in runs]
     for run in found:
         run["story"] = (stories or {}).get(run["folder"].name, run["story"])
     page = jinja.get_template("report.html").render(
         runs=found, title=title, intro=intro, tables=tables or {}, version=__version__)
-    files.write_text(Path(out), page)
-    return Path(out)
+    files.write_text(out, page)
+    return out
 
 
 def read_run(folder: Path) -> dict:
@@ -87,16 +86,16 @@ def first_look(folder: Path, config: dict, drawn: dict, shown: list[dict]) -> di
     return {"sounds": sounds} if sounds else {}
 
 
-def one_each(examples: dict, main: str, names: dict, most: int = 10) -> list[tuple]:
-    """What a row of `most` examples shows, the same for all rows: (a class's name, its first
-    example or None), in the order of the classes, or more of each if there are few. examples:
+def one_each(examples: dict, main: str, names: dict) -> list[tuple]:
+    """What a row of ten examples shows, the same for all rows: (a class's name, its first example
+    or None), in the order of the classes, or more of each if there are few. examples:
     columns of one length, `main` and mostly "labels". names: {"labels": names of the classes}."""
     known = names.get("labels") or [""]
     labels = examples.get("labels", np.zeros(len(examples[main]), int))
-    chosen = every(most, len(known))
+    chosen = every(10, len(known))
     numbers = {label: iter(np.flatnonzero(labels == label)) for label in chosen}
     found = [(label, next(numbers[label], None))
-             for label in chosen for _ in range(most // len(chosen))]
+             for label in chosen for _ in range(10 // len(chosen))]
     return [(known[label], None if at is None else examples[main][at]) for label, at in found]
 
 
@@ -167,6 +166,6 @@ def data_uri(media: str, content: bytes) -> str:
 
 def value_text(value) -> str:
     """A number with four digits and thousands apart; anything else as it is."""
-    short = isinstance(value, float) and not value.is_integer() and not abs(value) >= 1000
+    short = isinstance(value, float) and not value.is_integer() and abs(value) < 1000
     number = isinstance(value, int | float) and not isinstance(value, bool)
     return f"{value:.4g}" if short else f"{value:,.0f}" if number else str(value)

@@ -25,7 +25,6 @@ from nanogen.data.datasets import Dataset, kind_of, load, name_of, remembered, r
 from nanogen.files import enough_memory, explained, locked, write_json
 from nanogen.lab import folders, machine
 from nanogen.lab.folders import RECORD, WEIGHTS, begun, check_data, copy_run, place_of, read_record
-from nanogen.lab.machine import join_processes
 from nanogen.lab.prepare import check_size, held_out, prepare, remarks
 from nanogen.lab.recipes import facts, find_recipe, make_config, recipes, required_recipe, typed
 from nanogen.lab.sample import cut, read_known, sample
@@ -89,9 +88,8 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
     data: a name, a folder or a Dataset; cifar10 or fsdd unless told. overrides: fields of the
     method's Config or of Training. resume: go on with an interrupted run; its network stays as it
     is, and `overrides` may change the other settings of the training. A finished one is loaded.
-    budget: minutes or steps for this run and those that it requires, except judges. needed_by: what
-    needs it, in words; then a program that trains it already is waited for. UserError for what the
-    caller can mend."""
+    budget: minutes or steps, also for runs that it requires, except judges. needed_by: what needs
+    it, in words; then a program that trains it already is waited for. UserError for mistakes."""
     if method not in METHODS:
         raise UserError(f"There is no method {method!r}: choose from {', '.join(METHODS)}.")
     kind = find(method).Model.data
@@ -115,7 +113,7 @@ def train_run(method: str, data: str | Path | Dataset | None = None, overrides: 
         check_data(folder, record, dataset)
     if finished:
         return load_run(folder)
-    rank, world = join_processes()
+    rank, world = machine.join_processes()
     wait = bool(needed_by) or find(method).Model.kind == "judge"
     with locked(folder, wait) if rank == 0 else contextlib.nullcontext():
         if world > 1:
@@ -152,7 +150,7 @@ def required_run(need: Requirement, method: str, folder: Path, dataset: Dataset,
 def train_one(method: str, dataset: Dataset, config, training: Training, sampling: dict,
               base: Run | None, folder: Path, resume: bool, quiet: bool) -> Run:
     """Build the model, prepare its data, train it, and write the run's folder."""
-    rank, world = join_processes()
+    rank, world = machine.join_processes()
     precision = [str(machine.precision(training.precision)).removeprefix("torch.")]
     if world > 1:  # the first process decides for all
         dist.broadcast_object_list(precision)
@@ -196,8 +194,7 @@ def train_one(method: str, dataset: Dataset, config, training: Training, samplin
         (folder / "metrics.json").unlink(missing_ok=True)  # of an earlier state
         write_json(folder / RECORD, record)
         if not quiet:
-            steps, minutes = training.steps, training.minutes
-            budget = f"{minutes:g} min" if minutes else f"{steps} steps"
+            budget = f"{training.minutes:g} min" if training.minutes else f"{training.steps} steps"
             print(f"[{time.strftime('%H:%M')}] {record['parameters'] / 1e6:.1f} M parameters, "
                   f"{budget}, {record['machine']} -> {folder}",
                   *remarks(model, dataset, training.flip), sep="\n", flush=True)
@@ -222,7 +219,7 @@ def try_step(model: Method, data: dict[str, torch.Tensor], options: Training) ->
         importlib.import_module("torch._dynamo")  # torch.optim imports it in any case
     model = copy.deepcopy(model).to(machine.device(), memory_format=torch.channels_last).train()
     with machine.autocast(machine.precision(options.precision)):
-        loss = model.loss(draw_batch(data, 0, options, *join_processes()))[0]
+        loss = model.loss(draw_batch(data, 0, options, *machine.join_processes()))[0]
     loss.backward()
 
 

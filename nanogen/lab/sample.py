@@ -25,7 +25,7 @@ from torch import Tensor
 from nanogen import UserError, files
 from nanogen.data.sources import SAMPLE_RATE, read_image, read_sound
 from nanogen.lab import machine
-from nanogen.lab.plots import grid, png, save_gif, spectrograms, to_float, to_uint8
+from nanogen.lab.plots import grid, save_gif, spectrograms, to_float, to_uint8
 from nanogen.lab.prepare import encode_text, every, pad
 from nanogen.method import Method, check_settings
 
@@ -33,7 +33,6 @@ if typing.TYPE_CHECKING:
     from nanogen.lab.runs import Run
 
 MOST_SOUNDS = 60  # .wav files in one folder; samples.npz has them all
-SOUND_KINDS = (".wav", ".flac", ".ogg")
 
 
 def sampler_settings(model: Method) -> dict[str, type]:
@@ -60,7 +59,6 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
                         f"got {n} and {seed}.")
     if model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample.")
-    settings = {name: value for name, value in settings.items() if value is not None}
     for kind, said, there in (("condition", conditions, model.conditions),
                               ("sampler setting", settings, sampler_settings(model))):
         for name in said.keys() - there.keys():
@@ -210,10 +208,7 @@ def gather(outputs: list[dict[str, Tensor]]) -> dict[str, np.ndarray]:
     if "waveforms" not in outputs[0]:
         return said | {kind: np.concatenate([to_uint8(drawn[kind]) for drawn in outputs])
                        for kind in ("images", "videos") if kind in outputs[0]}
-    clips = []
-    for drawn in outputs:
-        pairs = zip(drawn["waveforms"], drawn["lengths"].tolist(), strict=True)
-        clips += [waveform[:length].float().cpu().numpy() for waveform, length in pairs]
+    clips = [clip.float().cpu().numpy() for drawn in outputs for clip in cut(drawn)]
     waveforms, lengths = pad(clips)
     return {"waveforms": waveforms.clamp(-1, 1).numpy(), "lengths": lengths.numpy(),
             "sample_rate": np.array(SAMPLE_RATE)} | said
@@ -264,8 +259,7 @@ def write_sounds(clips: list[np.ndarray], names: list[str], titles: list[str], o
     with files.explained(f"Cannot write sounds into {out} ({{reason}}): is the disk full?"):
         for clip, name in zip(clips, names, strict=True):
             soundfile.write(out / f"{name}.wav", clip.clip(-1, 1), SAMPLE_RATE, "PCM_16")
-    content = png(spectrograms(clips, titles, columns))
-    files.write_atomically(out / "spectrograms.png", lambda path: path.write_bytes(content))
+    files.write_atomically(out / "spectrograms.png", spectrograms(clips, titles, columns).savefig)
 
 
 def encode(run: "Run", file: Path, out: Path, kbps: float | None = None) -> dict:
@@ -306,7 +300,7 @@ def decode(run: "Run", file: Path, out: Path) -> None:
     model, out = run.model, Path(out)
     if model.kind != "tokenizer":
         raise UserError(f"{run.folder} is a {run.method}: only tokenizers and codecs decode.")
-    kinds = SOUND_KINDS if model.data == "sounds" else (".png",)
+    kinds = (".wav", ".flac", ".ogg") if model.data == "sounds" else (".png",)
     if out.suffix.lower() not in kinds:
         raise UserError(f"{out} must end in {' or '.join(kinds)}.")
     content = files.read_npz(file, "encode again")

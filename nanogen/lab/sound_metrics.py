@@ -57,11 +57,12 @@ def mel_distance(original: np.ndarray, decoded: np.ndarray) -> float:
     return (a - b).abs().mean().item()
 
 
-def stoi(original: np.ndarray, decoded: np.ndarray, rate: int = SAMPLE_RATE) -> float:
+def stoi(original: np.ndarray, decoded: np.ndarray) -> float:
     """Short-time objective intelligibility of waveforms (T,): 1 for equal ones, near 0 for noise.
     The mean correlation of the two loudness curves, over segments of 384 ms and third-octave bands.
     UserError where less than 384 ms is left without the pauses: join short clips first."""
-    a, b = _without_silence(*(resample(x, rate, STOI_RATE) for x in _pair(original, decoded)))
+    pair = (resample(x, SAMPLE_RATE, STOI_RATE) for x in _pair(original, decoded))
+    a, b = _without_silence(*pair)
     edges = np.rint(LOWEST * 2 ** (np.arange(-0.5, BANDS) / 3) * FFT / STOI_RATE).astype(int)
     powers = (np.abs(np.fft.rfft(_frames(part) * WINDOW, FFT)).T ** 2 for part in (a, b))
     x, y = (np.sqrt(np.add.reduceat(power, edges)[:-1]) for power in powers)  # (15, frames)
@@ -84,8 +85,7 @@ def periodicity(waveform: np.ndarray) -> float:
     most 0.2 for noise, 0.34 to 0.83 for nine in ten recordings of FSDD, about 0.9 for a tone.
     The highest peak of the autocorrelation at lags of 2.5 to 12.5 ms, relative to that at lag 0, in
     frames of 64 ms. The median of those frames that are at most 10 dB softer than the loudest."""
-    x = np.pad(np.asarray(waveform, dtype=np.float64), (0, max(0, 512 - len(waveform))))
-    frames = np.lib.stride_tricks.sliding_window_view(x, 512)[::128]
+    frames = _frames(np.asarray(waveform, dtype=np.float64), 512, 128)
     frames = frames - frames.mean(1, keepdims=True)
     energy = np.square(frames).sum(1)
     spectra = np.fft.rfft(frames[energy >= energy.max() / 10], 1024)  # padded: no lag wraps around
@@ -97,12 +97,11 @@ def pitch(waveform: np.ndarray, low: float = 90, high: float = 620) -> float:
     """The pitch of a note (T,) at 8,000 Hz in Hz, between `low` and `high`: the median over frames
     of 64 ms. A frame's period is the shortest lag at which the autocorrelation has a peak of at
     least nine tenths of its maximum. NaN where there is none. A soft accompaniment does no harm."""
-    waveform = np.pad(waveform, (0, max(0, 512 - len(waveform))))
     window = np.hanning(512)
     least, most = int(SAMPLE_RATE / high), int(SAMPLE_RATE / low) + 2
     own = np.fft.irfft(np.abs(np.fft.rfft(window, 2048)) ** 2)[:most]
     found = []
-    for frame in np.lib.stride_tricks.sliding_window_view(waveform, 512)[::64]:
+    for frame in _frames(waveform, 512, 64):
         spectrum = np.abs(np.fft.rfft((frame - frame.mean()) * window, 2048)) ** 2
         x = np.fft.irfft(spectrum)[:most] / own  # the window makes long lags smaller
         inside = np.arange(least, most - 1)
@@ -115,13 +114,13 @@ def pitch(waveform: np.ndarray, low: float = 90, high: float = 620) -> float:
     return float(np.median(found)) if found else float("nan")
 
 
-def real_time_factor(function: Callable, seconds: float, repeats: int = 3) -> float:
-    """Seconds of sound per second of computing, on one thread; the fastest of `repeats` counts.
+def real_time_factor(function: Callable, seconds: float) -> float:
+    """Seconds of sound per second of computing, on one thread; the fastest of three calls counts.
     function() processes `seconds` of sound. Above 1 is faster than real time, as EnCodec counts."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     try:
-        times = timeit.repeat(lambda: (function(), machine.synchronize()), repeat=repeats, number=1)
+        times = timeit.repeat(lambda: (function(), machine.synchronize()), repeat=3, number=1)
         return seconds / min(times)
     finally:
         torch.set_num_threads(threads)
@@ -167,10 +166,10 @@ def _norm(x: np.ndarray) -> np.ndarray:
     return np.linalg.norm(x, axis=-1, keepdims=True)
 
 
-def _frames(x: np.ndarray) -> np.ndarray:
-    """(T,) -> (frames, FRAME), half overlapping."""
-    x = np.pad(x, (0, max(0, FRAME - len(x))))
-    return np.lib.stride_tricks.sliding_window_view(x, FRAME)[:: FRAME // 2]
+def _frames(x: np.ndarray, size: int = FRAME, step: int = FRAME // 2) -> np.ndarray:
+    """(T,) -> (frames, size), one each `step` samples. A sound below one frame is padded."""
+    x = np.pad(x, (0, max(0, size - len(x))))
+    return np.lib.stride_tricks.sliding_window_view(x, size)[::step]
 
 
 def _without_silence(a: np.ndarray, b: np.ndarray) -> list[np.ndarray]:

@@ -74,9 +74,8 @@ def evaluate_listener(listener: Listener, dataset: Dataset) -> dict:
 @torch.no_grad()
 def codec_copies(codec: Method, clips: list[np.ndarray]) -> list[np.ndarray]:
     """Clips (T,), encoded and decoded: the best that a model of the codec's latents can reach."""
-    with machine.autocast(torch.float32):
-        sounds = [torch.from_numpy(clip)[None].to(machine.device()) for clip in clips]
-        copies = [codec.decode_latents(codec.latents(sound))[0].cpu().numpy() for sound in sounds]
+    sounds = [torch.from_numpy(clip)[None].to(machine.device()) for clip in clips]
+    copies = [codec.decode_latents(codec.latents(sound))[0].cpu().numpy() for sound in sounds]
     return [copy[: len(clip)] for copy, clip in zip(copies, clips, strict=True)]
 
 
@@ -138,7 +137,7 @@ def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed
     return result
 
 
-def off_pitch(clip: np.ndarray, score: songs.Song, root: int) -> list[float]:
+def off_pitch(clip: np.ndarray, score: songs.Song, root: int) -> np.ndarray:
     """By how many cents each note of a song (T,) is off, 1200 where no pitch is found. Measured
     from 35% to 90% of the note's time, where the vowel is."""
     wrong, start = [], 0.0
@@ -148,7 +147,7 @@ def off_pitch(clip: np.ndarray, score: songs.Song, root: int) -> list[float]:
                     int((start + 0.9 * seconds) * SAMPLE_RATE)]
         wanted, start = voices.midi_to_hertz(root + tone), start + seconds
         wrong.append(1200 * np.log2(sound_metrics.pitch(part) / wanted))
-    return [1200.0 if np.isnan(cents) else abs(cents) for cents in wrong]
+    return np.nan_to_num(np.abs(wrong), nan=1200)
 
 
 def evaluate_songs(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,

@@ -44,7 +44,7 @@ STORY = {  # what the tour trains, in this order, and what it says of each
 VARIANTS = {"mar": [{"head": head} for head in ("mse", "diffusion", "flow")],  # all are compared
             "audio_lm": [{"pattern": name} for name in ("delay", "flat", "parallel", "latents")]}
 COLUMNS = {  # of the tables of the tour and the comparison: metric -> heading
-    "parameters": "parameters", "minutes": "minutes", "tokenizer_minutes": "base's minutes",
+    "parameters": "parameters", "minutes": "minutes", "required_minutes": "base's minutes",
     "seconds_per_image": "s/image", "seconds_per_second_of_sound": "s/s of sound",
     "psnr": "PSNR", "stoi": "STOI", "fd_nano": "FD-nano", "fd_nano_floor": "floor",
     "class_accuracy": "class accuracy", "speaker_accuracy": "speakers right",
@@ -61,37 +61,33 @@ perceptual loss. pixel_ar draws fewer pixels. The base of audio_lm is a codec.""
 def tour(folder: Path, sizes: dict[str, int] = SIZES) -> Path:
     """Train, sample and judge the methods of STORY, and write one page about them. sizes: how many
     examples of each data set to learn from."""
-    start, folder = time.monotonic(), Path(folder)
+    start = time.monotonic()
     print(f"The tour: {len(STORY)} methods on {sizes['scenes']:,} drawn images of 16x16 pixels and "
           f"other small data. It takes about 15 minutes on two CPU cores with AVX512, up to three "
           f"times as long on older ones. {machine.describe()}")
     data = {method: next(name for name, known in recipes(method).items() if "tour" in known)
             for method in STORY}
     sets = {name: load(name, count=sizes[name]) for name in dict.fromkeys(data.values())}
-    for judge in ("judge", "listener"):
+    if "prompts" in sets:
+        sets["things"] = load("things", count=sizes["things"])  # for the reader
+    for judge in ("judge", "listener", "reader"):
         for name in recipes(judge).keys() & sets.keys():
             train_run(judge, sets[name], {}, folder / f"{judge}-{name}", "tour", resume=True)
-    if "prompts" in sets:
-        things = load("things", count=sizes["things"])
-        train_run("reader", things, {}, folder / "reader-things", "tour", resume=True)
-    rows, runs = [], []
+    rows, runs, stories = [], [], {}
     for method, story in STORY.items():
         print(f"\n{method}: {story}")
-        model = find(method).Model
         dataset = sets[data[method]]
         place = folder / f"{method}-{dataset.name}"
         run = train_run(method, dataset, {}, place, "tour", resume=True)
-        slow = model.kind == "tokenizer" and model.data == "sounds"  # evaluated at eight bit rates
-        slow = slow or "prompts" in model.conditions
-        metrics = evaluate(run, 20 if slow else 300, dataset)
-        rows.append(row_of(method, run, metrics))
+        slow = method == "codec" or "prompts" in run.model.conditions  # codec: at eight bit rates
+        rows.append(row_of(method, run, evaluate(run, 20 if slow else 300, dataset)))
         runs.append(run.folder)
+        stories[run.folder.name] = story
     minutes = (time.monotonic() - start) / 60
     print(f"\n{table(rows)}\n\nThe tour took {minutes:.1f} minutes.")
     intro = (f"{len(STORY)} methods, trained from nothing in {minutes:.0f} minutes on "
              f"{machine.describe()}, on drawings and voices that are made by code. So short a "
              "training shows how a method works, not how well: README.md has longer ones.")
-    stories = {run.name: story for run, story in zip(runs, STORY.values(), strict=True)}
     page = report.write(runs, folder / "index.html", "The nanogen tour", intro, stories=stories)
     print(f"Open {page}")
     return page
@@ -104,7 +100,7 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500)
     if n < 10 or not 0 < minutes < float("inf"):
         raise UserError(f"compare needs at least 10 samples and some minutes, got {n} and "
                         f"{minutes:g}.")
-    dataset, out = data if isinstance(data, Dataset) else load(data), Path(out)
+    dataset = data if isinstance(data, Dataset) else load(data)
     if dataset.kind == "videos" or "words" in dataset.train or dataset.origin == "all":
         raise UserError(f"compare needs images, or sounds of one class each: {dataset.name} holds "
                         f"other {dataset.kind}.")
@@ -127,8 +123,7 @@ def compare(data: str | Path | Dataset, minutes: float, out: Path, n: int = 500)
 
 def row_of(name: str, run: Run, metrics: dict) -> dict:
     """A method's row in the table."""
-    before = run.record.get("required_minutes")
-    metrics = report.flat(metrics) | ({"tokenizer_minutes": before} if before else {})
+    metrics = run.record | report.flat(metrics)
     return {"method": name} | {heading: metrics[metric] for metric, heading in COLUMNS.items()
                                if metric in metrics}
 
@@ -188,22 +183,21 @@ def recipe_rows(kind: str, here: bool = False) -> list[dict]:
              if table_of(method, data) == kind for name in known if "tour" not in name]
     rows = []
     for method, data, name in every:
-        recipe = {"expected": {}} | find_recipe(method, data, kind, name)
-        recipe["expected"] = report.flat(recipe["expected"])
+        recipe = find_recipe(method, data, kind, name)
+        expected = report.flat(recipe.get("expected", {}))
         config, training = make_config(method, recipe, {}, {})
-        measured = recipe["expected"].get("minutes")
         required, need = "-", find(method).Model.requires(config)
         if need:
             texts = [f"({text})" for text in need.config.values() if isinstance(text, str)]
             required = " ".join([need.name or need.method, *texts])
         row = {"method": method, "data": data, "recipe": name, "steps": training.steps,
-               "minutes": short(measured), "requires": required}
+               "minutes": short(expected.get("minutes")), "requires": required}
         if here:
             row["minutes here"] = short(minutes_here(recipe))
-        found = {heading: show(recipe["expected"][metric]) if metric in recipe["expected"] else "-"
+        found = {heading: show(expected.get(metric, "-"))
                  for metric, heading in TABLES[kind].items()}
         if here or set(found.values()) != {"-"}:
-            rows.append(row | found | {"judge": recipe["expected"].get("judge", "-")[:4]})
+            rows.append(row | found | {"judge": expected.get("judge", "-")[:4]})
     return rows
 
 

@@ -68,7 +68,7 @@ class Training:
                       ema=(0 <= self.ema < 1, "from 0 to below 1"))
 
 
-def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: Path | None = None,
+def train(model: Method, data: dict[str, Tensor], options: Training, folder: Path | None = None,
           resume: bool = False, quiet: bool = False,
           held_out: dict[str, Tensor] | None = None) -> list[dict]:
     """Train `model` in place and leave the EMA weights in it.
@@ -79,15 +79,13 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
     `state.pt` there, about once a minute and at the end or on Ctrl-C; with `resume`, goes on from
     them. Raises UserError when the loss is not finite."""
     count = len(next(iter(data.values())))
-    check_batch(options, count)
     rank, world = machine.join_processes()
     device, dtype = machine.device(), machine.precision(options.precision)
     data = {name: tensor.to(device) for name, tensor in data.items()}
     model.to(device, memory_format=torch.channels_last).train()  # fastest order for convolutions
     optimizers = make_optimizers(model, options.optimizer, options.lr, options.weight_decay, dtype)
     ema = {name: value.detach().clone() for name, value in model.state_dict().items()}
-    state = load_state(folder, model, ema, optimizers) if resume else None
-    step, seconds, log = state or (0, 0.0, [])
+    step, seconds, log = load_state(folder, model, ema, optimizers) if resume else (0, 0.0, [])
     loss_fn = compiled(model.loss) if options.compile else model.loss
     start, saved = time.monotonic() - seconds, time.monotonic()
     progress = Progress(options, log, quiet or rank > 0, step, start)
@@ -106,8 +104,7 @@ def train(model: nn.Module, data: dict[str, Tensor], options: Training, folder: 
             fall = (1 - fraction) / (1 - options.decay_start)  # above 1 before the decay
             for group in (group for optimizer in optimizers for group in optimizer.param_groups):
                 group["lr"] = options.lr * min(rise, fall, 1.0)
-            if isinstance(model, Method):
-                model.progress.fill_(fraction)
+            model.progress.fill_(fraction)
             batch = draw_batch(data, step, options, rank, world)
             torch.manual_seed(machine.seed_of(options.seed, step, rank))  # of all that is random
             with machine.autocast(dtype):
@@ -206,7 +203,6 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     epoch, position = divmod(step, count // size)
     order = shuffled(count, machine.seed_of(options.seed, epoch))
     index = order[position * size : (position + 1) * size][rank::world]
-    index = index.to(next(iter(data.values())).device)
     batch = {name: tensor[index].to(machine.device()) for name, tensor in data.items()}
     for name in {"images", "videos", "sources"} & batch.keys():
         batch[name] = batch[name].float() / 127.5 - 1
@@ -300,10 +296,10 @@ def read_state(folder: Path) -> dict | None:
             if path.exists() else None
 
 
-def load_state(folder: Path, model, ema, optimizers) -> tuple[int, float, list[dict]] | None:
+def load_state(folder: Path, model, ema, optimizers) -> tuple[int, float, list[dict]]:
     """Put a saved state, if any, into model, EMA and optimizers -> (step, seconds, log)."""
     if (state := read_state(folder)) is None:
-        return None
+        return 0, 0.0, []
     with explained(BAD_STATE.format(folder / "state.pt")):
         model.load_state_dict(state["model"])
         ema.update(state["ema"])
