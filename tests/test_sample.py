@@ -119,7 +119,7 @@ def test_judges_and_tokenizers_have_nothing_to_sample(name, finished):
     with pytest.raises(UserError, match="nothing to sample"):
         sample(finished[name], 2)
     with pytest.raises(UserError, match="nothing to sample, and no use for guidance"):
-        evaluate(finished[name], guidance=2.0)
+        evaluate(finished[name], steps=None, guidance=2.0)
 
 
 # ---- evaluation
@@ -137,14 +137,14 @@ METRICS = {
 
 @pytest.mark.parametrize("name", METRICS)
 def test_evaluation_writes_the_metrics_of_the_method(name, copied):
-    run, settings = load_run(copied(name)), {"steps": 2} if name in ("maskgit", "flow") else {}
-    metrics = evaluate(run, n=6, quiet=True, **settings)
+    run, steps = load_run(copied(name)), 2 if name in ("maskgit", "flow") else None
+    metrics = evaluate(run, n=6, quiet=True, steps=steps, guidance=None)
     assert json.loads((run.folder / "metrics.json").read_text()) == metrics
     assert metrics["parameters"] > 0 and "machine" in metrics
     judge = run.folder.parent / "judge-fruit/model.safetensors"
     assert metrics["judge"] == content_hash(judge)
     assert all(math.isfinite(metrics[key]) for key in METRICS[name] - {"judge"})
-    if settings:  # what was really used
+    if steps:  # what was really used
         assert metrics["steps"] == 2
         assert metrics["guidance"] == run.record["sampling"]["guidance"]
         assert (run.folder / "samples/grid.png").exists()

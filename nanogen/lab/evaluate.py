@@ -38,6 +38,7 @@ def evaluate(run: Run, n: int | None = None, dataset: Dataset | None = None, see
     n = model.samples_to_judge if n is None else n
     if n < 1:
         raise UserError(f"The number of samples must be at least 1, got {n}.")
+    settings = {name: value for name, value in settings.items() if value is not None}
     if settings and model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample, and no use for "
                         f"{' and '.join(settings)}.")

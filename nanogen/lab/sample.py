@@ -59,6 +59,7 @@ def sample(run: "Run", n: int = 64, conditions: dict[str, list] | None = None, s
                         f"got {n} and {seed}.")
     if model.kind != "generator":
         raise UserError(f"{run.folder} is a {run.method}: it has nothing to sample.")
+    settings = {name: value for name, value in settings.items() if value is not None}
     for kind, said, there in (("condition", conditions, model.conditions),
                               ("sampler setting", settings, sampler_settings(model))):
         for name in said.keys() - there.keys():
