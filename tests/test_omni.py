@@ -8,6 +8,7 @@ from conftest import awake, learn
 
 from nanogen import UserError, omni
 from nanogen.audio import codec
+from nanogen.blocks import sampling
 from nanogen.blocks.text import encode_text
 from nanogen.data import numbers, utterances
 from nanogen.data.phonemes import LANGUAGES
@@ -64,10 +65,12 @@ def test_caption_image_and_sound_name_the_same_number(examples):
     assert 0.6 < told < 0.95 and all(map(named, numbers.make(20, held_out=True)["prompts"]))
 
 
-def test_all_numbers_are_equally_frequent():
+@pytest.mark.parametrize("held_out", [False, True])
+def test_numbers_with_two_captions_are_trained_twice_as_often_and_tested_equally(held_out):
     rng = np.random.default_rng(0)
-    drawn = [numbers.draw(rng, bool(i % 2))[0] for i in range(3000)]
-    assert np.abs(np.bincount(drawn) / 3000 - 0.1).max() < 0.02
+    drawn = [numbers.draw(rng, held_out)[0] for _ in range(3000)]
+    wanted = np.full(10, 1) if held_out else np.array([1, 1, 2, 2, 2, 1, 1, 1, 1, 1])
+    assert np.abs(np.bincount(drawn) / 3000 - wanted / wanted.sum()).max() < 0.02
 
 
 def test_a_caption_names_one_number_or_none():
@@ -124,6 +127,15 @@ def test_training_gives_a_part_whole_or_not_at_all_and_asks_for_each(examples, m
             assert hidden[mine].any(1).all() and not hidden[mine].all()
             together |= {*hidden[~mine].float().mean(1).tolist()}
     assert together == {0.0, 1.0} and len(calls) == 4
+
+
+def test_training_shows_as_many_tokens_as_the_passes_of_the_sampler():
+    asked = torch.full((20_000,), True)
+    shown = (~tiny_omni().hide(omni.IMAGE, 64, asked, asked)).sum(1)
+    passes = torch.tensor([0, *sampling.reveal_schedule(64, 16)[:-1]])  # known before each pass
+    for most in (3, 16, 40):
+        trained, asked_for = ((counts <= most).float().mean() for counts in (shown, passes))
+        assert (trained - asked_for).abs() < 0.07
 
 
 # ---- the sampler
