@@ -38,6 +38,8 @@ def read_record(folder: Path) -> dict:
 def begun(folder: Path, method: str, data: str, overrides: dict, resume: bool) -> dict | None:
     """The record of the run in this folder, if it may go on like this; None: the folder is free.
     A finished run stays what it is: its learning rate has fallen to 0."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file: choose another --out.")
     if not (folder / RECORD).exists():
         return None
     if not resume:

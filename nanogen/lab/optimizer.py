@@ -73,6 +73,7 @@ def make_optimizers(model: nn.Module, kind: str, lr: float, weight_decay: float,
         (matrices if by_muon else rest).append(p)
     decayed, free = [p for p in rest if p.ndim >= 2], [p for p in rest if p.ndim < 2]
     groups = [dict(params=decayed, weight_decay=weight_decay), dict(params=free, weight_decay=0.0)]
+    groups = [group for group in groups if group["params"]]
     optimizers = [torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.99), fused=True)]
     if matrices:
         optimizers.append(Muon(matrices, lr=lr, weight_decay=weight_decay, dtype=dtype))

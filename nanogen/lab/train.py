@@ -203,6 +203,7 @@ def draw_batch(data: dict[str, Tensor], step: int, options: Training, rank: int 
     epoch, position = divmod(step, count // size)
     order = shuffled(count, machine.seed_of(options.seed, epoch))
     index = order[position * size : (position + 1) * size][rank::world]
+    index = index.to(next(iter(data.values())).device)
     batch = {name: tensor[index].to(machine.device()) for name, tensor in data.items()}
     for name in {"images", "videos", "sources"} & batch.keys():
         batch[name] = batch[name].float() / 127.5 - 1
