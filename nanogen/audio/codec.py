@@ -76,6 +76,20 @@ class Config:
                    when="without a discriminator (adversarial = 0)")
 
 
+class StridedConv(nn.Conv2d):
+    """Takes the steps of a stride as channels of one step: the same products. For few channels and
+    long kernels, torch 2.13 is wrong in bfloat16 on CPUs with matrix units (AMX)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, inputs, 1, T) -> (B, outputs, 1, T'), T and the kernel's length multiples of the
+        stride."""
+        if self.stride[1] == 1:
+            return super().forward(x)
+        x, weight = (tensor.unflatten(3, (-1, self.stride[1])).movedim(4, 1).flatten(1, 2)
+                     for tensor in (x, self.weight))  # (., stride * inputs, 1, steps)
+        return F.conv2d(x, weight, self.bias)
+
+
 class CausalConv(nn.Module):
     """ELU, then a convolution over present and past: (B, T, inputs) -> (B, T / stride, outputs), or
     T * upsample: each step gives that many in a row. memory: layers' last inputs, for pieces."""
@@ -87,7 +101,7 @@ class CausalConv(nn.Module):
         self.past = (kernel - 1) * dilation + 1 - stride  # output j sees inputs < (j + 1) * stride
         # 2-D with height 1: PyTorch convolves channels-last images on a CPU nearly twice as fast.
         size, stride, dilation = (1, kernel), (1, stride), (1, dilation)
-        self.conv = nn.Conv2d(inputs, outputs * upsample, size, stride, dilation=dilation)
+        self.conv = StridedConv(inputs, outputs * upsample, size, stride, dilation=dilation)
         nn.init.normal_(self.conv.weight, std=(inputs * kernel) ** -0.5)  # keeps the variance
         nn.init.zeros_(self.conv.bias)
 
