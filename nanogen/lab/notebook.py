@@ -84,6 +84,24 @@ def small_png(image, colors: int) -> bytes:
     return plots.png(image.quantize(colors, kmeans=1, dither=0))
 
 
+def labelled(images, columns, rows, scale: int = 3) -> None:
+    """Show images uint8 (N, H, W, 3), row by row, with the names of all columns and rows."""
+    columns, rows = list(map(str, columns)), list(map(str, rows))
+    sheet, side = plots.grid(images, len(columns), scale), scale * images.shape[1] + 2
+    lines = [line for name in rows for line in name.split("\n")]
+    left = 8 * max(map(len, lines)) + 10  # pixels for the names
+    top = 18 * max(name.count("\n") + 1 for name in columns) + 8
+    width, height = left + sheet.width, top + sheet.height
+    figure = Figure((width / 80, height / 80), dpi=80)
+    axes = figure.add_axes((left / width, 0, sheet.width / width, sheet.height / height))
+    axes.imshow(sheet, interpolation="nearest")
+    axes.set_xticks(side * (np.arange(len(columns)) + 0.5), columns)
+    axes.set_yticks(side * (np.arange(len(rows)) + 0.5), rows)
+    axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=11)
+    axes.spines[:].set_visible(False)
+    show_images(figure)
+
+
 def gallery(images, titles, columns: int, wrap: int = 20, colors=None, size: float = 1.25) -> None:
     """Show images uint8 (N, H, W, 3) in rows, each of `size` inches under its title, which is
     broken after about `wrap` characters; colors: of the titles."""
