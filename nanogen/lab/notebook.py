@@ -94,7 +94,7 @@ def labelled(images, columns, rows, scale: int = 3) -> None:
     width, height = left + sheet.width, top + sheet.height
     figure = Figure((width / 80, height / 80), dpi=80)
     axes = figure.add_axes((left / width, 0, sheet.width / width, sheet.height / height))
-    axes.imshow(sheet, interpolation="nearest")
+    axes.imshow(np.asarray(sheet), interpolation="nearest")
     axes.set_xticks(side * (np.arange(len(columns)) + 0.5), columns)
     axes.set_yticks(side * (np.arange(len(rows)) + 0.5), rows)
     axes.tick_params(length=0, labeltop=True, labelbottom=False, labelsize=11)
