@@ -165,7 +165,7 @@ def test_a_config_refuses_bad_fields_by_name(fields, sentence):
 
 def test_bfloat16_gives_the_vectors_and_sounds_of_float32():
     """A convolution of 8 channels and 32 steps is wrong in bfloat16 on CPUs with AMX (torch 2.13):
-    a codec that trained with it gave noise on every other machine."""
+    a codec that trained with it gave noise in float32."""
     torch.manual_seed(0)
     codec, sounds = Codec(Config(adversarial=0.0)).eval(), tones(2, 2048)
     with torch.no_grad():

@@ -77,8 +77,9 @@ class Config:
 
 
 class StridedConv(nn.Conv2d):
-    """Takes the steps of a stride as channels of one step: the same products. For few channels and
-    long kernels, torch 2.13 is wrong in bfloat16 on CPUs with matrix units (AMX)."""
+    """A convolution with a stride, computed as one without: the `stride` steps of each move become
+    the channels of one step. Weights and results are those of nn.Conv2d, which is wrong in
+    bfloat16 for few channels and long kernels on CPUs with matrix units (AMX, torch 2.13)."""
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, inputs, 1, T) -> (B, outputs, 1, T'), T and the kernel's length multiples of the
