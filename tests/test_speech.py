@@ -11,6 +11,7 @@ from nanogen.audio import codec, speech
 from nanogen.blocks.text import encode_text
 from nanogen.data import phonemes, utterances
 from nanogen.data.voices import RATE
+from nanogen.lab import speech_metrics
 
 
 @pytest.fixture(scope="module")
@@ -153,6 +154,30 @@ def test_the_loss_is_of_the_second_part_and_hides_the_prompts_phonemes(recording
     for row, frames, begin in zip(drawn, batch["frames"], batch["begin"], strict=True):
         total = int((frames >= 0).sum())
         assert int(row.sum()) == min(total - int(begin), model.config.window)
+
+
+def test_half_of_the_prompts_are_whole_first_parts_as_in_the_sampler(recordings, monkeypatch):
+    model, known = tiny_speech(window=256, voice_dropout=0.0), []
+    batch = batch_of(model, recordings)
+    monkeypatch.setattr(model, "velocity", lambda x, t, phonemes, frames: (
+        known.append(frames), torch.zeros_like(x))[1])
+    for _ in range(30):
+        model.loss(batch)
+    lengths = torch.stack([(~frames[..., 0].isnan()).sum(1) for frames in known])
+    whole = (lengths == batch["begin"]).float().mean()
+    assert 0.4 < whole < 0.6, whole  # uniform lengths would be whole in one of 30
+
+
+def test_a_voice_prompt_is_made_of_first_parts_of_one_voice():
+    seconds, rate = speech_metrics.PROMPT, RATE
+    first = [np.full(n, value, dtype=np.float32) for n, value in
+             ((rate, 0.1), (rate // 4, 0.2), (rate, 0.3), (3 * rate, 0.4), (rate // 2, 0.5))]
+    test = {"speakers": np.array([0, 1, 0, 2, 0])}
+    three, alone, long = speech_metrics.voice_prompts(test, first, [2, 1, 3])
+    assert len(three) == len(long) == seconds * rate and len(alone) < seconds * rate
+    assert set(np.unique(three)) == {np.float32(x) for x in (0, 0.1, 0.3, 0.5)}
+    assert (three[-rate:] == np.float32(0.3)).all()  # its own is the last
+    assert set(np.unique(alone)) == {np.float32(x) for x in (0, 0.2)}
 
 
 @pytest.mark.parametrize("seconds", [0.7, 1.3, 2.6])

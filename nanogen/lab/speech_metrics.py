@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from nanogen.audio.speech import PAUSE
 from nanogen.data import songs, utterances, voices
 from nanogen.data.datasets import Dataset
 from nanogen.data.sources import SAMPLE_RATE
@@ -25,6 +26,7 @@ from nanogen.lab.sample import cut, timed_sample, write_samples
 from nanogen.listener import Listener, edits, equal_error_rate
 from nanogen.method import Method
 
+PROMPT = 2.0  # seconds of a voice prompt
 STRETCHES = (0.7, 1.4)  # times the natural length
 DUBBED = 10  # clips of each language that are dubbed into all
 
@@ -60,6 +62,19 @@ def parts(test: dict, rows: list[int]) -> tuple[list[np.ndarray], list[np.ndarra
     return first, second, words
 
 
+def voice_prompts(test: dict, first: list[np.ndarray], rows: list[int]) -> list[np.ndarray]:
+    """PROMPT seconds of the voice of each of the rows, or less where a voice has less: the end of
+    the first parts of all of its recordings, joined with short pauses; its own comes last. first:
+    the first parts (T,) of all recordings, in their order."""
+    prompts, speakers = [], test["speakers"]
+    pause = np.zeros(PAUSE * utterances.HOP, dtype=np.float32)
+    for i in rows:
+        others = [j for j in np.flatnonzero(speakers == speakers[i]) if j != i]
+        pieces = [piece for j in [*others, i] for piece in (pause, first[j])]
+        prompts.append(np.concatenate(pieces)[-int(PROMPT * SAMPLE_RATE):])
+    return prompts
+
+
 def evaluate_listener(listener: Listener, dataset: Dataset) -> dict:
     """The listener itself on all test recordings."""
     clips = dataset.test["waveforms"]
@@ -81,28 +96,30 @@ def codec_copies(codec: Method, clips: list[np.ndarray]) -> list[np.ndarray]:
 
 def evaluate_speech(run: Run, dataset: Dataset, listener: Listener, n: int, seed: int,
                     settings: dict) -> dict:
-    """Metrics of n test recordings: their first part is the voice prompt, by a voice that training
-    did not have; the words of the second part are said. Again at other lengths; and the first parts
-    are dubbed."""
+    """Metrics of n test recordings, by voices that training did not have: the words of their second
+    part are said, in the voice of first parts. Again at other lengths; and the first parts are
+    dubbed."""
     test = dataset.test
     rows = every(n, len(test["waveforms"]))
-    first, second, words = parts(test, rows)
+    all_first, all_second, all_words = parts(test, range(len(test["waveforms"])))
+    first, second, words = ([part[i] for i in rows] for part in (all_first, all_second, all_words))
+    prompts = voice_prompts(test, all_first, rows)
     speakers, language = test["speakers"][rows], test["language"][rows, 1]
     names = np.array(run.names["languages"])
     codec = run.model.codec
     of_prompts, of_copies = (listen(listener, clips)[1]
-                             for clips in (first, codec_copies(codec, first)))
+                             for clips in (prompts, codec_copies(codec, prompts)))
     whole, few = slice(None), slice(None, None, 2)  # few: where much is drawn
 
     def say(chosen: slice, **more) -> tuple[dict, dict]:
-        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": first[chosen],
+        asked = {"prompts": [test["prompts"][i] for i in rows][chosen], "voices": prompts[chosen],
                  "languages": list(names[language[chosen]])}
         return timed_sample(run, len(asked["prompts"]), asked, seed, batch_size=25,
                             **settings | more)
 
     def judged(clips: list, chosen: slice) -> tuple[dict, list]:
         heard, vectors = listen(listener, clips)
-        errors = {name: voice_error(vectors, prompts[chosen], speakers[chosen]) for name, prompts in
+        errors = {name: voice_error(vectors, others[chosen], speakers[chosen]) for name, others in
                   (("voice_error", of_prompts), ("voice_error_to_copies", of_copies))}
         return {"words_right": score_of(words[chosen], heard)} | errors, heard
 
