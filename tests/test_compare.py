@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
 from nanogen import UserError
 from nanogen.__main__ import main
@@ -174,7 +175,7 @@ def test_the_list_has_every_method_and_its_recipes(monkeypatch):
 def test_the_time_of_a_recipe_goes_with_the_speed_of_the_machine(monkeypatch):
     measured = {"minutes": 2, "training_steps": 100, "gflops": 50}
     recipe = {"training": {"steps": 300}, "expected": measured}
-    monkeypatch.setattr(machine, "speed", lambda dtype: 25.0)
+    monkeypatch.setattr(machine, "speed", {torch.float32: 25.0}.get)
     assert minutes_here(recipe) == 12 and minutes_here({"training": {"steps": 1}}) is None
 
 

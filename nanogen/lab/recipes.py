@@ -10,6 +10,8 @@ import json
 import typing
 from pathlib import Path
 
+import torch
+
 from nanogen import UserError
 from nanogen.data.datasets import Dataset, whole
 from nanogen.files import explained
@@ -40,12 +42,13 @@ def find_recipe(method: str, data: str, kind: str, name: str = "default") -> dic
 
 def minutes_here(recipe: dict) -> float | None:
     """About how long a recipe trains on this machine: what it took where it was measured, times the
-    ratio of the speeds of the two machines in matrix products. None: not measured."""
+    ratio of the speeds of the two machines in matrix products of float32. (In bfloat16, two CPUs
+    can differ by a factor of 20, but the minutes of a recipe by far less.) None: not measured."""
     expected = recipe.get("expected", {})
     if not expected.get("gflops"):
         return None
     share = recipe["training"]["steps"] / expected["training_steps"]
-    return expected["minutes"] * share * expected["gflops"] / machine.speed(machine.precision())
+    return expected["minutes"] * share * expected["gflops"] / machine.speed(torch.float32)
 
 
 def required_recipe(need: Requirement, data: str, kind: str, recipe: str) -> str:

@@ -201,8 +201,8 @@ def train_one(method: str, dataset: Dataset, config, training: Training, samplin
     few = max(64, 4 * training.batch_size)  # enough to see a rise; all would cost too much
     with enough_memory(advice):
         log = train(model, tensors, training, folder, resume, quiet, held_out(model, dataset, few))
-    speed = machine.speed(machine.precision(training.precision))  # how fast this machine is
-    record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"], "gflops": round(speed)}
+    speed = round(machine.speed(torch.float32))  # how fast this machine is
+    record |= {"minutes": log[-1]["minutes"], "steps": log[-1]["step"], "gflops": speed}
     if rank == 0:
         state = {name: value.contiguous() for name, value in model.state_dict().items()}
         write_json(folder / RECORD, record)  # the state has the same weights already
