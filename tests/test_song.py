@@ -129,6 +129,20 @@ def test_the_chain_never_sees_the_future():
     assert (chain(symbols)[:, 7:] - chain(other)[:, 7:]).abs().max() > 1e-4
 
 
+def test_the_chain_learns_in_the_first_part_of_the_training_only():
+    model, score = tiny_song(), songs.compose(np.random.default_rng(0))
+    frames, symbols = songs.to_frames(score, songs.KEY), songs.to_symbols(score)
+    batch = {"latents": torch.randn(1, len(frames), 8), "frames": torch.tensor(frames)[None],
+             "symbols": torch.tensor(symbols)[None]}
+    for progress, learns in ((0.0, True), (0.39, True), (0.41, False)):
+        model.zero_grad()
+        model.progress.fill_(progress)
+        loss, metrics = model.loss(batch)
+        loss.backward()
+        assert metrics["compose"] > 0 and model.notes.weight.grad is not None
+        assert all((p.grad is not None) == learns for p in model.chain.parameters())
+
+
 def test_each_part_of_the_score_changes_the_velocity():
     model, x = tiny_song(), torch.randn(1, 10, 8)
     frames = torch.tensor([5, 60, 48, 52, 55, 10]).expand(1, 10, 6)
