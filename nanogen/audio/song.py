@@ -21,7 +21,8 @@ notes are within 50 cents (97%); 90 to 93% of the words are heard right (93%; on
 copied them, 90%); 99.6 to 100% of the composed notes are in the key. The strings are soft, so the
 times lean towards t=1: 0.73 of their energy is on the chord (copies of the codec 0.88, noise 0.25).
 All songs have about one voice. The chain stops learning after 0.4 of the training, before it learns
-scores by heart: 3 to 4% of the melodies are copies, as of other songs by the same rules (3%).
+scores by heart: 3 to 4% of the melodies are copies, as of other songs by the same rules (3%). That
+no word of these songs stands twice in a row is not learned by then.
 
 Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
 "Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
