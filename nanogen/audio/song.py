@@ -21,8 +21,8 @@ notes are within 50 cents (97%); 90 to 93% of the words are heard right (93%; on
 copied them, 90%); 99.6 to 100% of the composed notes are in the key. The strings are soft, so the
 times lean towards t=1: 0.73 of their energy is on the chord (copies of the codec 0.88, noise 0.25).
 All songs have about one voice. The chain stops learning after 0.4 of the training, before it learns
-scores by heart: 3 to 4% of the melodies are copies, as of other songs by the same rules (3%). That
-no word of these songs stands twice in a row is not learned by then.
+scores by heart: 3 to 4% of the melodies are copies, as of other songs by the same rules (3%). By
+then it has not learned that no word stands twice in a row.
 
 Sources: Liu et al. 2021, "DiffSinger" (a network that sings a given score); Le et al. 2023,
 "Voicebox" (flow matching with a phoneme for each frame); Yuan et al. 2025, "YuE" (songs from
@@ -177,10 +177,9 @@ class Song(Method):
         x_t = torch.lerp(noise, x1, fm.expand(t, x1))
         error = (self.velocity(x_t, t, seen) - (x1 - noise)).square().mean(-1)
         sing = (error * there).sum() / there.sum()
-        # Scores are learned sooner than sounds; with more steps, they are learned by heart.
-        with torch.set_grad_enabled(torch.is_grad_enabled()
-                                    and bool(self.progress < config.chain_end)):
-            compose = self.chain.loss(batch["symbols"])
+        compose = self.chain.loss(batch["symbols"])
+        if self.progress >= config.chain_end:  # with more steps, scores are learned by heart
+            compose = compose.detach()
         return sing + compose, {"sing": sing.detach(), "compose": compose.detach()}
 
     @torch.no_grad()
